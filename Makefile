@@ -1,0 +1,92 @@
+# Every target sets itself up on a bare machine: a virtual environment in .venv, uv into it, the packages of
+# requirements.lock, the project. `make help` lists the targets.
+
+PYTHON ?= python3
+ARGS ?=
+UV_HTTP_TIMEOUT ?= 300
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+UV := $(RUN) -m uv
+LOCKED := $(VENV)/.locked
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test format lint types check bench lock clean FORCE
+
+export UV_HTTP_TIMEOUT
+# pyright runs the JavaScript of its own wheel: no look for newer versions.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'ARGS="..." goes to train, test, lint, format, bench and lock; PYTHON=python3.12 chooses the Python.'
+
+setup: $(READY)  ## makes or mends .venv; every other target does so too
+
+train: $(READY)  ## trains and evaluates on the digits: make train ARGS="run.max_steps=50"
+	$(RUN) -m tpuspec.train config=digits $(ARGS)
+
+test: $(READY)  ## runs the tests
+	$(RUN) -m pytest $(ARGS)
+
+format: $(READY)  ## sorts imports and mends what ruff can mend
+	$(RUN) -m ruff check --fix $(ARGS)
+
+lint: $(READY)  ## ruff
+	$(RUN) -m ruff check $(ARGS)
+
+types: $(READY)  ## pyright
+	$(RUN) -m pyright
+
+check: lint types test  ## lint, types and test: what CI runs
+
+bench: $(READY)  ## runs every benchmarks/bench_*.py
+	@set -e; for script in benchmarks/bench_*.py; do \
+	  [ -e "$$script" ] || { echo 'There is no benchmarks/bench_*.py yet.'; break; }; \
+	  echo "== $$script"; $(RUN) "$$script" $(ARGS); \
+	done
+
+lock: $(LOCKED)  ## writes requirements.lock from pyproject.toml: make lock ARGS=--upgrade
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --custom-compile-command 'make lock' $(ARGS) --output-file requirements.lock pyproject.toml
+
+clean:  ## removes .venv, builds and caches; keeps runs
+	rm -f $(LOCKED) $(READY)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find tpuspec recipes configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up: each stamp is written last, so that what was interrupted is done again.
+
+# A .venv that was moved, whose Python is gone or which lost a file of a package is built anew. Compiled files are no
+# loss. Only a .venv that has its stamp is asked.
+LOST = import csv, importlib.metadata, os, sys, sysconfig; \
+  site = sysconfig.get_path("purelib"); \
+  packages = importlib.metadata.distributions(path=[site]); \
+  files = (row[0] for package in packages for row in csv.reader(package.read_text("RECORD").splitlines())); \
+  whole = all(os.path.exists(os.path.join(site, name)) for name in files if not name.endswith(".pyc")); \
+  sys.exit(sys.prefix == sys.base_prefix or not whole)
+STAMPED_HERE := test "$$(cat $(LOCKED) 2>/dev/null)" = '$(CURDIR)'
+INTACT := $(shell $(STAMPED_HERE) && $(RUN) -I -c '$(LOST)' 2>/dev/null && echo yes)
+
+WRONG_PYTHON = echo 'tpuspec needs Python 3.11 to 3.13; $(PYTHON) is none of them. Name one: make setup PYTHON=python3.12'
+LOCK_LACKS = echo 'requirements.lock does not hold what pyproject.toml asks for: make lock'
+
+FORCE:
+
+$(LOCKED): requirements.lock $(if $(INTACT),,FORCE)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { $(WRONG_PYTHON) >&2; exit 1; }
+	@rm -f $(LOCKED) $(READY)
+	@rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@awk '/^uv==/ {on = 1} on {print} on && !/\\$$/ {exit}' requirements.lock >$(VENV)/uv.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	$(UV) pip install --python $(RUN) --require-hashes -r requirements.lock
+	@echo '$(CURDIR)' >$@
+
+$(READY): $(LOCKED) pyproject.toml
+	@rm -f $@
+	$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation -e .
+	@$(UV) pip check --quiet --python $(RUN) || { $(LOCK_LACKS) >&2; exit 1; }
+	@touch $@

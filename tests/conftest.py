@@ -1,0 +1,92 @@
+"""Every test runs on XLA:CPU with few threads, and fails if it leaves threads, environment or files behind."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+# Before any test module: torch reads the one and torch_xla the other when they are first imported.
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+THREAD_GRACE_SECONDS = 2.0
+
+# Started once in a process and never ended, by fsspec for its asynchronous file systems.
+LASTING_THREADS = frozenset({"fsspecIO"})
+
+# Set once in a process: by torch_xla when it is imported, by scikit-learn when it is, by tpuspec.runtime before the
+# XLA client starts. They may appear; a test that changes or removes one of them leaks.
+APPEARING_VARIABLES = frozenset({
+    "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+    "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE",
+})
+
+# pytest sets the variable itself; the folders are caches of the tools, which git ignores too.
+PYTEST_VARIABLE = "PYTEST_CURRENT_TEST"
+CACHES = frozenset({".pytest_cache", ".hypothesis", ".ruff_cache", "__pycache__"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a test must leave as it found it."""
+
+    threads: frozenset[threading.Thread]
+    environment: dict[str, str]
+    cwd: str
+    files: frozenset[str]
+
+    @classmethod
+    def take(cls) -> Self:
+        """Notes the surroundings as they are now."""
+        cwd = os.getcwd()
+        environment = os.environ.copy()
+        environment.pop(PYTEST_VARIABLE, None)
+        files = os.listdir(ROOT) if cwd == str(ROOT) else [*os.listdir(ROOT), *os.listdir(cwd)]
+        return cls(threads=frozenset(threading.enumerate()), environment=environment, cwd=cwd, files=frozenset(files))
+
+    def leaks_into(self, after: "Surroundings") -> list[str]:
+        """Names what `after` has and this lacks, one line each."""
+        leaks = [f"thread {thread.name!r} still runs: close what started it" for thread in self._lasting(after)]
+        for name in sorted(self.environment.keys() | after.environment.keys()):
+            old, new = self.environment.get(name), after.environment.get(name)
+            if old != new and not (old is None and name in APPEARING_VARIABLES):
+                leaks.append(f"environment variable {name} was {old!r} and is {new!r}: use monkeypatch.setenv")
+        if self.cwd != after.cwd:
+            leaks.append(f"the working directory was {self.cwd} and is {after.cwd}: use monkeypatch.chdir")
+        else:
+            leaks += [f"file {name!r} was left behind: use tmp_path" for name in sorted(after.files - self.files - CACHES)]
+        return leaks
+
+    def _lasting(self, after: "Surroundings") -> list[threading.Thread]:
+        # A dummy is a thread of C++ (autograd's) that once called Python: not ours to end.
+        started = [thread for thread in after.threads - self.threads
+                   if thread.name not in LASTING_THREADS and not isinstance(thread, threading._DummyThread)]
+        deadline = time.monotonic() + THREAD_GRACE_SECONDS
+        for thread in started:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return [thread for thread in started if thread.is_alive()]
+
+    def restore(self) -> None:
+        """Mends what can be mended, so that one leak fails one test."""
+        os.chdir(self.cwd)
+        for name in os.environ.keys() - self.environment.keys() - APPEARING_VARIABLES - {PYTEST_VARIABLE}:
+            del os.environ[name]
+        os.environ.update(self.environment)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fails a test that leaves threads, environment variables, a working directory or files behind."""
+    before = Surroundings.take()
+    yield
+    leaks = before.leaks_into(Surroundings.take())
+    if leaks:
+        before.restore()
+        pytest.fail("This test leaks:\n" + "\n".join(f"- {leak}" for leak in leaks), pytrace=False)

@@ -1,0 +1,36 @@
+"""tpuspec: the TPUEstimatorSpec contract for PyTorch on XLA."""
+
+from tpuspec import summary
+from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
+from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
+from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
+from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
+from tpuspec.spec.host_call import HostCall
+from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.scaffold import Scaffold
+from tpuspec.spec.train_op import CrossShardOptimizer, TrainOp
+from tpuspec.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureMode",
+    "CheckpointSaverListener",
+    "ClassificationOutput",
+    "CrossShardOptimizer",
+    "EstimatorSpec",
+    "HookContext",
+    "HostCall",
+    "InputPipelineConfig",
+    "ModeKeys",
+    "PredictOutput",
+    "RegressionOutput",
+    "RunConfig",
+    "Scaffold",
+    "SessionRunHook",
+    "TPUConfig",
+    "TPUEstimatorSpec",
+    "TrainOp",
+    "Trainer",
+    "summary",
+]

@@ -1,0 +1,145 @@
+"""Checks of the Trainer's arguments that need neither devices nor the user's functions."""
+
+from __future__ import annotations
+
+import numbers
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from tpuspec.config import InputPipelineConfig, RunConfig
+from tpuspec.errors import ConfigError, ConfigTypeError
+
+RESERVED_PARAMS = ("batch_size", "context")
+
+
+def check_config(config: object) -> RunConfig:
+    """Returns the RunConfig.
+
+    Raises:
+      ConfigError: it is missing or something else.
+    """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"`config` must be provided with type `RunConfig`; got {type(config).__name__}.")
+    return config
+
+
+def check_params(params: Mapping[str, Any] | None) -> None:
+    """Checks the user's params.
+
+    Raises:
+      ConfigTypeError: no mapping.
+      ConfigError: a reserved key.
+    """
+    if params is None:
+        return
+    if not isinstance(params, Mapping):
+        raise ConfigTypeError(f"params must be a dict; got {type(params).__name__}.")
+    reserved = [key for key in RESERVED_PARAMS if key in params]
+    if reserved:
+        raise ConfigError(f"{reserved} are reserved keys in params, set by the Trainer. Pass batch sizes as "
+                          "train_batch_size, eval_batch_size and predict_batch_size.")
+
+
+def check_batch_sizes(config: RunConfig, *, train: int | None, evaluate: int | None, predict: int | None) -> None:
+    """Checks the batch sizes for XLA, in TPUEstimator's order.
+
+    Raises:
+      ConfigTypeError: not an int.
+      ConfigError: no train batch size, one that is not positive, or per-core input with model parallelism.
+    """
+    if train is None:
+        raise ConfigError("`train_batch_size` cannot be `None`; pass the global batch size.")
+    check_positive_int("train_batch_size", train)
+    tpu = config.tpu_config
+    if tpu.per_host_input_for_training is InputPipelineConfig.PER_SHARD_V1 and tpu.num_cores_per_replica is not None:
+        raise ConfigError("Model parallelism only supports per host input for training. Set "
+                          "per_host_input_for_training=True.")
+    if evaluate is not None:
+        check_positive_int("eval_batch_size", evaluate)
+    if predict is not None:
+        check_positive_int("predict_batch_size", predict)
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Checks a count.
+
+    Raises:
+      ConfigTypeError: not an int (numpy's are).
+      ConfigError: zero or negative.
+    """
+    check_int(name, value)
+    if value <= 0:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be positive; got {value}.")
+
+
+def check_int(name: str, value: object) -> None:
+    """Checks a type.
+
+    Raises:
+      ConfigTypeError: not an int.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Checks the sign of a number of steps, before its type.
+
+    Raises:
+      ConfigError: zero or negative.
+      ConfigTypeError: no number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real):
+        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
+    if value <= 0:
+        raise ConfigError(f"Must specify {name} > 0, given: {value}.")
+
+
+def check_eval_steps(steps: Any, *, on_xla: bool) -> None:
+    """Checks evaluate's steps; None runs to the end of the input.
+
+    Raises:
+      ConfigTypeError: not an int.
+      ConfigError: zero or negative.
+    """
+    if steps is None:
+        return
+    if not on_xla:
+        check_above_zero("steps", steps)
+    check_positive_int("Eval steps", steps)
+
+
+def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfig) -> RunConfig:
+    """Returns a copy of the config with the folder of the run: given here, there, or a temporary one.
+
+    Raises:
+      ConfigError: both are given and differ.
+    """
+    given = os.fspath(model_dir) if model_dir is not None else ""
+    if given and config.model_dir is not None and given != config.model_dir:
+        raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
+                          f"{given!r} and {config.model_dir!r}. Set one of them.")
+    return config.replace(model_dir=given or config.model_dir or tempfile.mkdtemp(prefix="tpuspec-"))
+
+
+_NAME = re.compile(r"[\w][\w.\- ]{0,99}")
+
+
+def check_name(name: object) -> str:
+    """Returns the name of an evaluation, which becomes part of a folder's name.
+
+    Raises:
+      ConfigTypeError: no string.
+      ConfigError: anything but letters, digits, '_', '-', '.' and spaces, 100 at most, or a leading '-' or '.'.
+    """
+    if not isinstance(name, str):
+        raise ConfigTypeError(f"name must be a str; got {type(name).__name__}.")
+    if not _NAME.fullmatch(name):
+        raise ConfigError("name must be 1 to 100 letters, digits, '_', '-', '.' or spaces, and start with a letter, "
+                          f"digit or '_': it names a folder; got {name!r}.")
+    return name

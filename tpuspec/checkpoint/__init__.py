@@ -1,0 +1,1 @@
+"""Training state on disk: safetensors and JSON, committed by a rename."""

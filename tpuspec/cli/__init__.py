@@ -1,0 +1,1 @@
+"""The command line: Hydra's composition, checked names, exit codes and the record of a run."""

@@ -1,0 +1,271 @@
+"""Composes the settings of each job with Hydra, and puts its errors into one clear line.
+
+Only Hydra's composition is used, never its runner: a run needs no outputs/ folder, no .hydra folder and no log files of
+Hydra's, and nothing below the `hydra` node (callbacks, launchers) may name code to call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from tpuspec.cli.choices import GROUP, PACKAGED_CONFIGS, Choice, check_choice, find_choices, format_choices
+from tpuspec.cli.schema import Mode, RunSettings, TrainConfig, check_settings, register_schema
+from tpuspec.cli.targets import allowed_prefixes
+from tpuspec.config import TPUConfig
+from tpuspec.errors import ConfigError
+
+_PRIMARY = "train"
+_ALLOW = "allow"
+_HYDRA_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError)
+_STRUCTURED = {"": TrainConfig, "run": RunSettings, "tpu": TPUConfig}
+_LONGEST_FOLDER_NAME = 120
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run, composed and checked.
+
+    Attributes:
+      name: what tells it from the other jobs of a sweep; '' for a run alone.
+      settings: its settings.
+      prefixes: where dotted names may resolve.
+      resolved: its settings as YAML, every interpolation resolved.
+    """
+
+    name: str
+    settings: TrainConfig
+    prefixes: tuple[str, ...]
+    resolved: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A job while it is composed: `swept` are those of its overrides that the sweep varies."""
+
+    choice: str
+    overrides: list[str]
+    swept: list[str]
+    config: DictConfig
+
+
+def compose_jobs(overrides: Sequence[str], *, config_dir: Path | None, multirun: bool, now: datetime) -> list[Job]:
+    """Composes every job of a command before the first one runs.
+
+    Args:
+      overrides: key=value arguments.
+      config_dir: the user's own configs.
+      multirun: whether comma lists are sweeps.
+      now: names the folder of a sweep.
+
+    Raises:
+      ConfigError: the command, a file or a value breaks a rule; the message has the nearest key or choice.
+    """
+    choices = find_choices(config_dir)
+    parsed = _parse(overrides)
+    prefixes = allowed_prefixes(_take_allowed(parsed))
+    if not any(override.key_or_group == GROUP for override in parsed):
+        raise ConfigError(_no_config(parsed, choices))
+    register_schema()
+    drafts = [_draft(combination, config_dir, choices) for combination in _combinations(parsed, multirun)]
+    if multirun:
+        _separate(drafts, now)
+    given = [override.key_or_group for override in parsed]
+    return [_job(draft, prefixes, given, multirun=multirun, number=i) for i, draft in enumerate(drafts)]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}. Arguments are key=value; quote a "
+                          "value that has spaces or brackets.") from error
+    for override in parsed:
+        if re.match(r"hydra([./@]|$)", override.key_or_group):
+            raise ConfigError(
+                f"{override.key_or_group} is Hydra's own setting and would be ignored: tpuspec runs each job itself, in "
+                "this folder, and writes below model_dir. Use model_dir=DIR, or --config-dir DIR for more configs.")
+    return parsed
+
+
+def _take_allowed(parsed: list[Override]) -> list[str]:
+    """Removes `allow=` from the overrides: it has no place in the settings, so that no file can set it."""
+    allowed: list[str] = []
+    for override in [o for o in parsed if o.key_or_group == _ALLOW]:
+        parsed.remove(override)
+        value = None if override.is_sweep_override() or override.is_delete() else override.value()
+        if not isinstance(value, str | list):
+            raise ConfigError(f"allow takes a list of packages, allow=[mypackage.,other.]; got {override.input_line}.")
+        allowed.extend([value] if isinstance(value, str) else value)  # type: ignore[arg-type]
+    return allowed
+
+
+def _no_config(parsed: list[Override], choices: dict[str, Choice]) -> str:
+    near = [o.key_or_group for o in parsed if difflib.get_close_matches(o.key_or_group, [GROUP])]
+    hint = f" (you wrote {near[0]}=)" if near else ""
+    return (f"Choose what to train{hint}: python -m tpuspec.train config=NAME\n{format_choices(choices)}\n"
+            "--help explains modes and settings; --config-dir DIR adds your own configs.")
+
+
+def _combinations(parsed: list[Override], multirun: bool) -> Iterator[tuple[list[str], list[str]]]:
+    """Yields each job's overrides, and which of them are swept."""
+    axes: list[list[tuple[str, bool]]] = []
+    for override in parsed:
+        if not multirun or not override.is_sweep_override():
+            axes.append([(override.input_line or "", False)])
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            axes.append([(f"{key}={value}", True) for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{override.input_line}: only lists, range() and glob() can be swept.")
+    for combination in itertools.product(*axes):
+        yield [text for text, _ in combination], [text for text, is_swept in combination if is_swept]
+
+
+def _draft(combination: tuple[list[str], list[str]], config_dir: Path | None, choices: dict[str, Choice]) -> _Draft:
+    overrides, swept = combination
+    choice = next(str(o.value()) for o in _parse(overrides) if o.key_or_group == GROUP)
+    if "," not in choice:  # a list without --multirun: Hydra's own message is the better one
+        check_choice(choice, choices)
+    search = [] if config_dir is None else [f"hydra.searchpath=[{_quoted('file://' + str(config_dir.resolve()))}]"]
+    with initialize_config_dir(str(PACKAGED_CONFIGS), job_name=_PRIMARY, version_base="1.3"):
+        try:
+            config = compose(_PRIMARY, [*overrides, *search], return_hydra_config=True)
+        except _HYDRA_ERRORS as error:
+            raise _explained(error, choice, search, choices) from error
+        _check_hydra_untouched(config, choices[choice])
+    _check_keys(config, choices[choice])
+    return _Draft(choice=choice, overrides=overrides, swept=swept, config=config)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _check_hydra_untouched(config: DictConfig, choice: Choice) -> None:
+    plain: Any = OmegaConf.to_container(compose(overrides=[], return_hydra_config=True).hydra, resolve=False)
+    found: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    changed = [key for key in found if key not in ("job", "overrides", "runtime", "searchpath")
+               and found[key] != plain.get(key)]
+    if changed:
+        raise ConfigError(f"{choice.path}: hydra.{changed[0]} is Hydra's own setting and would be ignored; leave it "
+                          "out. tpuspec runs each job itself and writes below model_dir.")
+
+
+def _check_keys(config: DictConfig, choice: Choice) -> None:
+    """Refuses what Hydra lets through: keys added by + or ++, and keys removed by ~."""
+    for where, schema in _STRUCTURED.items():
+        node = config[where] if where else config
+        known = {f.name for f in dataclasses.fields(schema)}
+        found = {str(key) for key in node} - ({"hydra"} if not where else set())
+        for key in sorted(found - known):
+            raise ConfigError(_unknown_key(f"{where}.{key}" if where else key, config, choice.name))
+        for key in sorted(known - found):
+            raise ConfigError(f"{where}.{key} cannot be removed; set it to null.".lstrip("."))
+
+
+def _explained(error: Exception, choice: str, search: list[str], choices: dict[str, Choice]) -> ConfigError:
+    """Turns an error of Hydra, OmegaConf or YAML into one that names the key, the place and the mend."""
+    cause = error.__cause__ or error.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        return ConfigError(re.sub(r"\n?(Config search path:|See https://)(.|\n)*", "", str(error)).strip())
+    key, reason = cause.full_key or "", str(cause.msg or cause).splitlines()[0]
+    in_file = re.match(r"In '([^']+)'", str(error))
+    file = choices.get(in_file[1].removeprefix(GROUP + "/")) if in_file else None
+    place = f"{file.path}: " if file else ""
+    if re.match(r"Key '.*' (not in|is not in struct)", reason):
+        try:
+            base = None if file else compose(_PRIMARY, [f"{GROUP}={choice}", *search])
+        except _HYDRA_ERRORS:
+            base = None
+        return ConfigError(place + _unknown_key(key, base, choice))
+    if key == "mode" and (value := re.match(r"Invalid value '(.*)',", reason)):
+        later = " Exporting comes in a later version." if value[1] == "export" else ""
+        return ConfigError(f"{place}mode must be one of {', '.join(m.name for m in Mode)}; got {value[1]!r}.{later}")
+    return ConfigError(f"{place}{key}: {reason}")
+
+
+def _unknown_key(key: str, base: DictConfig | None, choice: str) -> str:
+    if key.split(".")[0] == _ALLOW:
+        return "allow is for the command line only: a config file cannot allow its own names. Give 'allow=[mypackage.]'."
+    base = OmegaConf.structured(TrainConfig) if base is None else base
+    keys = list(_keys(base))
+    near = difflib.get_close_matches(key, keys, n=1)
+    tail = key.rpartition(".")[2]
+    if not near:  # the right name in the wrong place, such as max_steps for run.max_steps
+        near = [known for known in keys if known.rpartition(".")[2] == tail][:1]
+    message = f"there is no setting {key!r} in config={choice}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    if key.startswith("params."):
+        message += f" To add a new one, write +{key}=VALUE."
+    elif not near:
+        message += f" The settings are: {', '.join(k for k in keys if '.' not in k)}."
+    return message
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        if not prefix and key == "hydra":
+            continue
+        name = f"{prefix}{key}"
+        yield name
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _keys(child, name + ".")
+
+
+def _separate(drafts: list[_Draft], now: datetime) -> None:
+    """Gives each job of a sweep its own model_dir, unless the jobs' own are all different."""
+    given = [draft.config.model_dir for draft in drafts]
+    if None not in given and len(set(given)) == len(drafts):
+        return
+    for number, draft in enumerate(drafts):
+        parent = draft.config.model_dir or f"runs/{draft.choice}_sweep/{now:%Y-%m-%d_%H-%M-%S}"
+        draft.config.model_dir = f"{parent}/{_folder_name(number, draft.swept)}"
+
+
+def _folder_name(number: int, swept: list[str]) -> str:
+    return re.sub(r"[^\w.=,+-]", "_", "_".join([str(number), *swept]))[:_LONGEST_FOLDER_NAME]
+
+
+def _job(draft: _Draft, prefixes: tuple[str, ...], given: list[str], *, multirun: bool, number: int) -> Job:
+    config = draft.config
+    if config.model_dir is None:
+        config.model_dir = f"runs/{draft.choice}"
+    try:
+        with open_dict(config):
+            config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in values
+        with open_dict(config):
+            del config["hydra"]
+        OmegaConf.resolve(config)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; config={draft.choice} must set it, or the command line.")
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{str(error.msg or error).splitlines()[0]}") from error
+    finally:
+        HydraConfig.instance().cfg = None
+    assert isinstance(settings, TrainConfig)
+    if not settings.model_dir or "://" in settings.model_dir or "\0" in settings.model_dir:
+        raise ConfigError(f"model_dir must be a folder of this machine; got {settings.model_dir!r}.")
+    check_settings(settings, given)
+    return Job(name=_folder_name(number, draft.swept) if multirun else "", settings=settings, prefixes=prefixes,
+               resolved=OmegaConf.to_yaml(config))

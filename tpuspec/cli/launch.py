@@ -1,0 +1,91 @@
+"""Runs the jobs of one command, and turns every error into its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from tpuspec.cli.arguments import format_help, parse_arguments
+from tpuspec.cli.choices import find_choices
+from tpuspec.cli.compose import Job, compose_jobs
+from tpuspec.cli.record import package_version
+from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.summary.readable import format_value
+
+DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+RunJob = Callable[[Job], Mapping[str, Any]]
+
+
+def launch(argv: Sequence[str], run_job: RunJob, now: datetime) -> int:
+    """Runs a command line and returns its exit code.
+
+    Args:
+      argv: arguments, without the program's name.
+      run_job: runs one job and returns its metrics.
+      now: names the folder of a sweep.
+    """
+    try:
+        arguments = parse_arguments(argv)
+        if arguments.show_help:
+            print(format_help(find_choices(arguments.config_dir)))
+            return DONE
+        if arguments.show_version:
+            print(f"tpuspec {package_version('tpuspec') or '(not installed)'}")
+            return DONE
+        jobs = compose_jobs(arguments.overrides, config_dir=arguments.config_dir, multirun=arguments.multirun, now=now)
+    except Exception as error:  # noqa: BLE001 - every error has its exit code
+        return report(error)
+    if arguments.show_config:
+        print("---\n".join(job.resolved for job in jobs), end="")
+        return DONE
+    return _run_sweep(jobs, run_job) if arguments.multirun else run_reported(jobs[0], run_job)[0]
+
+
+def run_reported(job: Job, run_job: RunJob) -> tuple[int, Mapping[str, Any]]:
+    """Runs one job; returns its exit code and its metrics, and reports its error, if any, on stderr."""
+    try:
+        return DONE, run_job(job)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error has its exit code
+        return report(error), {}
+
+
+def report(error: BaseException) -> int:
+    """Prints an error on stderr, with its traceback where user code may have raised it; returns its exit code."""
+    sys.stdout.flush()
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
+            STATE_REFUSED if isinstance(error, CheckpointError) else FAILED)
+    # HYDRA_FULL_ERROR is the switch that Hydra's users know.
+    if code == FAILED or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stderr.flush()
+    return code
+
+
+def _run_sweep(jobs: list[Job], run_job: RunJob) -> int:
+    """Runs all jobs, also after one that failed; the first failure decides the exit code."""
+    outcomes: list[tuple[Job, int, Mapping[str, Any]]] = []
+    for number, job in enumerate(jobs, start=1):
+        print(f"\n=== job {number} of {len(jobs)}: {job.name} -> {job.settings.model_dir}", flush=True)
+        code, metrics = run_reported(job, run_job)
+        outcomes.append((job, code, metrics))
+        if code == INTERRUPTED:
+            return code
+    print("\n=== sweep")
+    for job, code, metrics in outcomes:
+        print(f"{job.name}  {format_metrics(metrics) if code == DONE else f'failed with exit code {code}'}")
+    return next((code for _, code, _ in outcomes if code != DONE), DONE)
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Returns the metrics as `name value` pairs in one line."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in metrics.items() if name != "global_step")

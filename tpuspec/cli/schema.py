@@ -1,0 +1,129 @@
+"""The settings of `python -m tpuspec.train` as structured configs; run and tpu take their fields from the library's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from tpuspec.config import RunConfig, TPUConfig
+from tpuspec.errors import ConfigError
+
+SCHEMA_NAME = "schema"
+# These have their own places: `model_dir`, `tpu` and `quiet`.
+_NOT_IN_RUN = ("model_dir", "tpu_config", "show_progress")
+
+
+class Mode(Enum):
+    """What one command does."""
+
+    train = "train"
+    evaluate = "evaluate"
+    predict = "predict"
+    train_and_evaluate = "train_and_evaluate"
+
+
+def _run_config_fields() -> list[tuple[str, Any, Any]]:
+    hints = get_type_hints(RunConfig)
+    return [(f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
+            if f.default_factory is not dataclasses.MISSING else (f.name, hints[f.name], field(default=f.default))
+            for f in dataclasses.fields(RunConfig) if f.name not in _NOT_IN_RUN]
+
+
+RunSettings: type = dataclasses.make_dataclass(
+    "RunSettings",
+    [*_run_config_fields(),
+     ("max_steps", int | None, field(default=None)),
+     ("steps", int | None, field(default=None)),
+     ("eval_steps", int | None, field(default=None))],
+    namespace={"__doc__": "RunConfig's fields, and how far to train (max_steps, or steps more) and to evaluate."})
+
+
+@dataclass
+class TrainConfig:
+    """All settings of one run.
+
+    Attributes:
+      mode: what to do.
+      model_dir: folder of checkpoints and logs; None takes runs/<name of the config>.
+      model_fn, input_fn, model: dotted names of functions.
+      optimizer: dotted name of a function (model, params) -> Optimizer, or {_target_: torch.optim class, lr: ...}.
+      params: the Trainer's params; data only.
+      train_batch_size, eval_batch_size, predict_batch_size: global batch sizes.
+      use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
+      quiet: whether to print results only.
+      run: RunConfig, and the number of steps.
+      tpu: TPUConfig.
+    """
+
+    mode: Mode = Mode.train_and_evaluate
+    model_dir: str | None = None
+    model_fn: str = MISSING
+    input_fn: str = MISSING
+    model: str | None = None
+    optimizer: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+    train_batch_size: int | None = None
+    eval_batch_size: int | None = None
+    predict_batch_size: int | None = None
+    use_tpu: bool = True
+    eval_on_tpu: bool = True
+    quiet: bool = False
+    run: RunSettings = field(default_factory=RunSettings)  # pyright: ignore[reportInvalidTypeForm]
+    tpu: TPUConfig = field(default_factory=TPUConfig)
+
+
+def register_schema() -> None:
+    """Makes the schema known to Hydra, under the name that configs/train.yaml uses."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig, provider="tpuspec")
+
+
+def run_config(settings: TrainConfig) -> RunConfig:
+    """Returns the RunConfig of `settings`.
+
+    Raises:
+      ConfigError: RunConfig refuses a value.
+    """
+    values = {name: getattr(settings.run, name) for name, _, _ in _run_config_fields()}
+    return RunConfig(**values, model_dir=settings.model_dir, tpu_config=settings.tpu, show_progress=not settings.quiet)
+
+
+_WITHOUT_EFFECT = {
+    Mode.train: ("run.eval_steps", "eval_batch_size", "eval_on_tpu", "predict_batch_size"),
+    Mode.evaluate: ("run.max_steps", "run.steps", "predict_batch_size"),
+    Mode.predict: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size"),
+    Mode.train_and_evaluate: ("run.steps", "predict_batch_size"),
+}
+
+
+def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
+    """Checks what the parts cannot check alone, and builds the RunConfig once to check it.
+
+    Args:
+      settings: composed settings.
+      given: keys set on the command line; a file may hold the settings of every mode.
+
+    Raises:
+      ConfigError: a setting that this mode would ignore was given, or one that it needs is missing.
+    """
+    mode = settings.mode
+    ignored = [key for key in given if key in _WITHOUT_EFFECT[mode]]
+    if ignored:
+        raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")
+    run = settings.run
+    if mode is Mode.train and run.steps is not None and run.max_steps is not None:
+        raise ConfigError(f"run.steps={run.steps} and run.max_steps={run.max_steps} are both set, and mean different "
+                          "ends. Set the other to null, for example run.max_steps=null.")
+    if mode is Mode.train_and_evaluate and run.max_steps is None:
+        raise ConfigError("mode=train_and_evaluate needs run.max_steps, the step at which training is complete; it is "
+                          "not set. Give run.max_steps=1000, or take mode=train with run.steps.")
+    for name in ("max_steps", "steps", "eval_steps"):
+        value = getattr(run, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"run.{name} must be positive, or null; got {value}.")
+    run_config(settings)

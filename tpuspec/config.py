@@ -1,0 +1,319 @@
+"""RunConfig and TPUConfig: TPUEstimator's settings as plain dataclasses, which are Hydra structured configs too."""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+import os
+import re
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Self, Union
+
+from tpuspec.errors import ConfigError
+
+DEFAULT_SAVE_CHECKPOINTS_SECS = 600
+_UNSET = "default"
+_CORES_PER_REPLICA = (1, 2, 4, 8, 16, 32, 64, 128)
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+class InputPipelineConfig(Enum):
+    """How input_fn is deployed over hosts and replicas."""
+
+    PER_SHARD_V1 = 1
+    PER_HOST_V1 = 2
+    PER_HOST_V2 = 3
+    BROADCAST = 4
+    SLICED = 5
+
+
+class CaptureMode(Enum):
+    """Whether steps are captured once and replayed, or traced each time."""
+
+    auto = "auto"
+    require = "require"
+    off = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopLength:
+    """A parsed iterations_per_loop: `value` steps ('count') or `value` seconds ('seconds')."""
+
+    value: int
+    unit: str
+
+
+def parse_iterations_per_loop(value: int | str) -> LoopLength:
+    """Parses 100, '100', '30s', '10m' or '2h'.
+
+    Raises:
+      ConfigError: anything else; zero and leading zeros included.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)([smh]?)", str(value)) if isinstance(value, int | str) else None
+    if match is None or isinstance(value, bool):
+        raise ConfigError(
+            "TPUConfig.iterations_per_loop: Value must be positive integer value or time-based value, a number "
+            f"followed by s, m or h, such as '300s'; got {value!r}.")
+    number, unit = int(match[1]), match[2]
+    return LoopLength(value=number * _SECONDS[unit], unit="seconds") if unit else LoopLength(value=number, unit="count")
+
+
+@dataclass
+class TPUConfig:
+    """Settings of the device loop and of the input deployment.
+
+    Attributes:
+      iterations_per_loop: steps between two loop boundaries (hooks, checkpoints), or a time such as '30s'.
+      num_shards: number of replicas; None takes what is found.
+      num_cores_per_replica: devices that share one model copy; None means 1, without model parallelism.
+      per_host_input_for_training: deployment of input_fn in TRAIN; True is PER_HOST_V1, False PER_SHARD_V1.
+      eval_training_input_configuration: PER_HOST_V1, or SLICED for eval and predict.
+      input_partition_dims: one or two elements: how features (and labels) are split over a replica's cores.
+      initial_infeed_sleep_secs: seconds to wait before the first batch is drawn.
+      host_call_every_n_steps: host_call runs in train on every n-th global step.
+
+    Raises:
+      ConfigError: the first rule that is broken.
+
+    Source: tf.tpu.experimental.TPUConfig.
+    """
+
+    iterations_per_loop: Union[int, str] = 2  # noqa: UP007 - OmegaConf reads typing.Union
+    num_shards: int | None = None
+    num_cores_per_replica: int | None = None
+    per_host_input_for_training: Any = True
+    eval_training_input_configuration: InputPipelineConfig = InputPipelineConfig.PER_HOST_V1
+    input_partition_dims: Any = None
+    initial_infeed_sleep_secs: int | None = None
+    host_call_every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        self.per_host_input_for_training = _input_pipeline(self.per_host_input_for_training)
+        validate_tpu_config(self)
+
+    @property
+    def loop_length(self) -> LoopLength:
+        """iterations_per_loop, parsed."""
+        return parse_iterations_per_loop(self.iterations_per_loop)
+
+
+def _input_pipeline(value: object) -> InputPipelineConfig:
+    if isinstance(value, InputPipelineConfig):
+        return value
+    if isinstance(value, bool):
+        return InputPipelineConfig.PER_HOST_V1 if value else InputPipelineConfig.PER_SHARD_V1
+    if isinstance(value, str) and value in InputPipelineConfig.__members__:
+        return InputPipelineConfig[value]
+    raise ConfigError(
+        f"per_host_input_for_training must be True, False or one of {', '.join(InputPipelineConfig.__members__)}; "
+        f"got {value!r}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def validate_tpu_config(config: TPUConfig) -> None:
+    """Checks a TPUConfig, in TPUEstimator's order.
+
+    Raises:
+      ConfigError: the first rule that is broken.
+    """
+    parse_iterations_per_loop(config.iterations_per_loop)
+    if config.num_shards is not None and (not _is_int(config.num_shards) or config.num_shards <= 0):
+        raise ConfigError(f"TPUConfig.num_shards must be positive, or None to take what is found; got "
+                          f"{config.num_shards!r}.")
+    _validate_partition_dims(config)
+    cores = config.num_cores_per_replica
+    if cores is not None and cores not in _CORES_PER_REPLICA:
+        raise ConfigError(
+            f"num_cores_per_replica must be 1, 2, 4, 8, 16, 32, 64 or 128; got {cores}.")
+    if config.eval_training_input_configuration not in (InputPipelineConfig.PER_HOST_V1, InputPipelineConfig.SLICED):
+        raise ConfigError(
+            "eval_training_input_configuration must be PER_HOST_V1 or SLICED; got "
+            f"{getattr(config.eval_training_input_configuration, 'name', config.eval_training_input_configuration)}.")
+    if config.per_host_input_for_training is InputPipelineConfig.SLICED:
+        raise ConfigError("per_host_input_for_training cannot be SLICED: that is for eval and predict. "
+                          "Set eval_training_input_configuration=SLICED.")
+    sleep = config.initial_infeed_sleep_secs
+    if sleep is not None and (not _is_int(sleep) or sleep <= 0):
+        raise ConfigError(f"initial_infeed_sleep_secs must be a positive int, or None; got {sleep!r}.")
+    every = config.host_call_every_n_steps
+    if not _is_int(every) or every < 1:
+        raise ConfigError(f"host_call_every_n_steps must be a positive int; got {every!r}.")
+
+
+def _validate_partition_dims(config: TPUConfig) -> None:
+    dims = config.input_partition_dims
+    if dims is None:
+        return
+    if not isinstance(dims, list | tuple) or len(dims) not in (1, 2):
+        raise ConfigError("input_partition_dims must be a list with one or two elements, for features and labels; "
+                          f"got {dims!r}.")
+    if config.per_host_input_for_training is not InputPipelineConfig.PER_HOST_V2:
+        raise ConfigError("input_partition_dims is only supported in PER_HOST_V2 mode. Set "
+                          "per_host_input_for_training=PER_HOST_V2.")
+    if config.num_cores_per_replica is None:
+        raise ConfigError("input_partition_dims requires setting num_cores_per_replica.")
+
+
+@dataclass
+class RunConfig:
+    """Settings of a run.
+
+    Attributes:
+      model_dir: folder of checkpoints and logs; None takes a temporary one.
+      seed: random seed of host and device; None draws one.
+      save_summary_steps: steps between summaries; None or 0 writes none.
+      save_checkpoints_steps, save_checkpoints_secs: distance between checkpoints, one of the two; both None saves
+        none. Setting the steps unsets the default of the seconds.
+      keep_checkpoint_max: newest checkpoints to keep; None or 0 keeps all.
+      keep_checkpoint_every_n_hours: keeps, besides, one checkpoint for every n hours of training.
+      log_step_count_steps: steps between progress lines and throughput summaries; None for none.
+      tpu_config: a TPUConfig.
+      capture: auto, require or off.
+      host_queue_size: steps whose host functions may wait; a full queue slows training.
+      show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
+      task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
+
+    Raises:
+      ConfigError: the first rule that is broken.
+
+    Source: tf.estimator.RunConfig and tf.tpu.RunConfig.
+    """
+
+    model_dir: str | None = None
+    seed: int | None = None
+    save_summary_steps: int | None = 100
+    save_checkpoints_steps: int | None = None
+    save_checkpoints_secs: Union[int, float, str, None] = _UNSET  # noqa: UP007 - OmegaConf reads typing.Union
+    keep_checkpoint_max: int | None = 5
+    keep_checkpoint_every_n_hours: float | None = 10000
+    log_step_count_steps: int | None = 100
+    tpu_config: TPUConfig = field(default_factory=TPUConfig)
+    capture: CaptureMode = CaptureMode.auto
+    host_queue_size: int = 8
+    show_progress: bool = True
+    task_type: str = "worker"
+
+    def __post_init__(self) -> None:
+        if self.save_checkpoints_secs == _UNSET:
+            self.save_checkpoints_secs = (
+                DEFAULT_SAVE_CHECKPOINTS_SECS if self.save_checkpoints_steps is None else None)
+        self.model_dir = os.fspath(self.model_dir) if self.model_dir is not None else None
+        if isinstance(self.capture, str):
+            self.capture = _capture_mode(self.capture)
+        validate(self)
+
+    @property
+    def cluster(self) -> Cluster:
+        """This process's place among the processes of the run."""
+        return read_cluster(self.task_type)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes checkpoints and summaries."""
+        return self.cluster.is_chief
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a deep copy with `changes`, validated; setting one checkpoint distance unsets the other.
+
+        Raises:
+          ConfigError: an unknown name, or a rule is broken.
+        """
+        known = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"Replacing {name} is not supported; it is no field of {type(self).__name__}.")
+        values = {name: copy.deepcopy(getattr(self, name)) for name in known}
+        steps, secs = changes.get("save_checkpoints_steps"), changes.get("save_checkpoints_secs")
+        if steps is not None and "save_checkpoints_secs" not in changes:
+            values["save_checkpoints_secs"] = None
+        if secs is not None and "save_checkpoints_steps" not in changes:
+            values["save_checkpoints_steps"] = None
+        return type(self)(**(values | changes))
+
+
+def _capture_mode(value: str) -> CaptureMode:
+    try:
+        return CaptureMode(value)
+    except ValueError:
+        raise ConfigError(f"capture must be auto, require or off; got {value!r}.") from None
+
+
+_NOT_NEGATIVE = ("save_summary_steps", "save_checkpoints_steps", "save_checkpoints_secs", "keep_checkpoint_max",
+                 "log_step_count_steps")
+
+
+def validate(config: RunConfig) -> None:
+    """Checks a RunConfig; called once, when it is made.
+
+    Raises:
+      ConfigError: the first rule that is broken.
+    """
+    if config.model_dir == "":
+        raise ConfigError("model_dir should be non-empty; got ''. Leave it None for a temporary folder.")
+    if config.save_checkpoints_steps is not None and config.save_checkpoints_secs is not None:
+        raise ConfigError(
+            "save_checkpoints_steps and save_checkpoints_secs cannot be both set; got "
+            f"{config.save_checkpoints_steps} and {config.save_checkpoints_secs}.")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise ConfigError(f"{name} should be >= 0, or None; got {value!r}.")
+    hours = config.keep_checkpoint_every_n_hours
+    if hours is not None and not (_is_number(hours) and hours > 0):
+        raise ConfigError(f"keep_checkpoint_every_n_hours should be > 0, or None; got {hours!r}.")
+    if config.seed is not None and not _is_int(config.seed):
+        raise ConfigError(f"seed must be integer, or None; got {config.seed!r}.")
+    if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
+        raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
+    if not isinstance(config.tpu_config, TPUConfig):
+        raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
+    if not isinstance(config.capture, CaptureMode):
+        raise ConfigError(f"capture must be auto, require or off; got {config.capture!r}.")
+    if not isinstance(config.show_progress, bool):
+        raise ConfigError(f"show_progress must be True or False; got {config.show_progress!r}.")
+    read_cluster(config.task_type)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A process's place: `task_index` among `num_workers` processes; an evaluator stands outside."""
+
+    task_type: str
+    task_index: int
+    num_workers: int
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the first worker."""
+        return self.task_type == "worker" and self.task_index == 0
+
+
+def read_cluster(task_type: str) -> Cluster:
+    """Reads torchrun's RANK and WORLD_SIZE; neither set means one process alone.
+
+    Raises:
+      ConfigError: an unknown task type, one variable without the other, or a rank out of range.
+    """
+    if task_type not in ("worker", "evaluator"):
+        raise ConfigError(f"task_type must be 'worker' or 'evaluator'; got {task_type!r}.")
+    if task_type == "evaluator":
+        return Cluster(task_type=task_type, task_index=0, num_workers=0)
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and world is None:
+        return Cluster(task_type=task_type, task_index=0, num_workers=1)
+    if rank is None or world is None:
+        raise ConfigError("The environment variables RANK and WORLD_SIZE must be set both or neither; got "
+                          f"RANK={rank!r}, WORLD_SIZE={world!r}. Start with torchrun, which sets them.")
+    if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
+        raise ConfigError(f"The environment variable RANK must be a number in 0 .. WORLD_SIZE - 1; got RANK={rank!r}, "
+                          f"WORLD_SIZE={world!r}.")
+    return Cluster(task_type=task_type, task_index=int(rank), num_workers=int(world))

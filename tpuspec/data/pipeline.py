@@ -1,0 +1,178 @@
+"""The input of one host: input_fn called by plan, its batches checked, padded and dealt out to the replicas."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tpuspec.config import RunConfig
+from tpuspec.data.context import InputContext, TPUContext
+from tpuspec.data.deployment import InputCall, InputPlan
+from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
+from tpuspec.data.source import raw_batches
+from tpuspec.data.structure import BatchChecker, count_rows, to_host_batch
+from tpuspec.errors import InputError
+from tpuspec.spec.backend import Topology
+from tpuspec.spec.functions import call_by_name, check_input_fn
+from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.results import Batch, StepRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBatch:
+    """One step's input on this host.
+
+    Attributes:
+      replicas: one batch a local replica, all of one shape where shapes are static.
+      rows: which rows are real, in replica order.
+    """
+
+    replicas: list[Batch]
+    rows: StepRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSettings:
+    """What the input of one call of train, evaluate or predict depends on.
+
+    Attributes:
+      input_fn: the user's.
+      mode: the mode.
+      params: the Trainer's, without reserved keys.
+      config: the run's settings.
+      plan: the deployment.
+      topology: who computes.
+      static_shapes: whether short batches are padded.
+      with_context: whether params carry a 'context'.
+      seed: of the shuffle.
+    """
+
+    input_fn: Callable[..., Any]
+    mode: ModeKeys
+    params: Mapping[str, Any]
+    config: RunConfig
+    plan: InputPlan
+    topology: Topology
+    static_shapes: bool
+    with_context: bool = True
+    seed: int = 0
+
+
+class InputPipeline:
+    """An iterator over HostBatches; input_fn is called when it is made.
+
+    Raises:
+      ConfigError: input_fn's arguments are wrong.
+      InputError, InputTypeError: input_fn returned or yields something that breaks a rule, or nothing at all. An
+        exception of the user's own passes through unchanged.
+    """
+
+    def __init__(self, settings: InputSettings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        check_input_fn(settings.input_fn)
+        self._settings = settings
+        calls = settings.plan.on_host(settings.topology.host_index)
+        self._feeds = [_Feed(settings, call, copy.deepcopy(dict(settings.params))) for call in calls]
+        self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
+        self._sleep = sleep
+        self._started = False
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        if not self._started and self._sleep_seconds and self._settings.with_context:
+            self._sleep(self._sleep_seconds)
+        parts = [feed.draw() for feed in self._feeds]
+        if all(part is None for part in parts):
+            if not self._started:
+                raise InputError("input_fn yielded no batches. The dataset is empty, or was read to its end before.")
+            raise StopIteration
+        self._started = True
+        batches, masks = [], []
+        for feed, part in zip(self._feeds, parts, strict=True):
+            replicas, mask = part if part is not None else feed.padding()
+            batches += replicas
+            masks.append(mask)
+        mask = torch.cat(masks)
+        return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())))
+
+
+class _Feed:
+    """The batches of one call of input_fn, dealt out to the replicas it feeds."""
+
+    def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any]) -> None:
+        self._call = call
+        self._static = settings.static_shapes
+        self._broadcast = settings.plan.broadcast
+        self._drops_labels = settings.mode is ModeKeys.PREDICT
+        topology = settings.topology
+        if call.batch_size is not None:
+            params["batch_size"] = call.batch_size
+        if settings.with_context:
+            params["context"] = TPUContext(
+                num_hosts=topology.num_hosts, num_replicas=topology.num_replicas, call=call)
+        source = call_by_name(settings.input_fn, {
+            "params": params, "mode": settings.mode, "config": copy.deepcopy(settings.config),
+            "input_context": InputContext(num_input_pipelines=call.num_calls, input_pipeline_id=call.index,
+                                          num_replicas_in_sync=topology.num_replicas)})
+        self._iterator = raw_batches(
+            source, input_fn=settings.input_fn, mode=settings.mode,
+            batch_size=call.batch_size, seed=settings.seed)
+        self._checker = None
+        if settings.static_shapes:
+            assert call.batch_size is not None, "plan_input gives every call a batch size"
+            self._checker = BatchChecker(batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN)
+        self._last: Batch | None = None
+
+    def draw(self) -> tuple[list[Batch], torch.Tensor] | None:
+        """Returns one step's batches, one a replica, with the mask of their rows; None at the end of the input."""
+        call = self._call
+        drawn = [self._draw_one()]
+        while drawn[-1] is not None and len(drawn) < call.batches_per_step:
+            drawn.append(self._draw_one())
+        parts = [part for part in drawn if part is not None]
+        if not parts:
+            return None
+        while len(parts) < call.batches_per_step:  # the input ended within a step
+            parts.append(self._padding())
+        batches, masks = [batch for batch, _ in parts], [mask for _, mask in parts]
+        if self._broadcast:
+            return batches * call.num_replicas, masks[0]
+        if call.splits:
+            batches = split_rows(batches[0], call.num_replicas)
+        return batches, torch.cat(masks)
+
+    def padding(self) -> tuple[list[Batch], torch.Tensor]:
+        """Returns a step's batches without a real row, for a feed that ended before the others."""
+        if self._last is None:
+            raise InputError("input_fn yielded no batches on one of several calls; every call must yield one.")
+        parts = [self._padding() for _ in range(self._call.batches_per_step)]
+        batches = [batch for batch, _ in parts]
+        if self._call.splits:
+            batches = split_rows(batches[0], self._call.num_replicas)
+        return batches, torch.cat([mask for _, mask in parts])
+
+    def _padding(self) -> tuple[Batch, torch.Tensor]:
+        assert self._last is not None and self._call.batch_size is not None
+        return padding_like(self._last, self._call.batch_size), row_mask(0, self._call.batch_size)
+
+    def _draw_one(self) -> tuple[Batch, torch.Tensor] | None:
+        try:
+            element = next(self._iterator)
+        except StopIteration:
+            return None
+        batch = to_host_batch(element)
+        if self._drops_labels:
+            batch = Batch(features=batch.features)
+        self._last = batch
+        if self._checker is None:
+            num_rows = count_rows(batch)
+            return batch, row_mask(num_rows, num_rows)
+        num_real = self._checker.check(batch)
+        assert self._call.batch_size is not None
+        return pad_batch(batch, self._call.batch_size), row_mask(num_real, self._call.batch_size)

@@ -1,0 +1,170 @@
+"""Checks what input_fn yields: tensors by name, batch-major, and the same structure, shapes and dtypes every time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tpuspec.errors import InputError, InputTypeError
+from tpuspec.spec.results import Batch
+
+Rows = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def split_labels(element: Any) -> tuple[Any, Any]:
+    """Splits what an input yields into (features, labels or None).
+
+    A plain tuple is (features, labels), as is a list of two, which is what a DataLoader makes of pairs; any other list,
+    a dict, a namedtuple or a tensor is features.
+
+    Raises:
+      InputError: a tuple of another length.
+    """
+    if isinstance(element, tuple) and not hasattr(element, "_fields"):
+        if len(element) != 2:
+            raise InputError("input_fn should return (features, labels) as a len 2 tuple; got a tuple of "
+                             f"{len(element)}. Nest the parts: ((a, b), labels).")
+        return element[0], element[1]
+    if isinstance(element, list) and len(element) == 2:
+        return element[0], element[1]
+    return element, None
+
+
+def to_host_batch(element: Any) -> Batch:
+    """Turns what an input yields into a Batch of CPU tensors of the same nesting.
+
+    Raises:
+      InputError: a tuple that is no pair, or no tensor at all.
+      InputTypeError: a leaf is no tensor or array, or an array of objects or strings.
+    """
+    features, labels = split_labels(element)
+    batch = Batch(features=_convert("features", features),
+                  labels=None if labels is None else _convert("labels", labels))
+    if not pytree.tree_leaves(batch.features):
+        raise InputError("input_fn yielded features without any tensor.")
+    return batch
+
+
+def _convert(kind: str, tree: Any) -> Any:
+    return pytree.tree_map_with_path(lambda path, leaf: _to_tensor(kind + pytree.keystr(path), leaf), tree)
+
+
+def _to_tensor(name: str, leaf: object) -> Tensor:
+    if isinstance(leaf, Tensor):
+        if leaf.layout != torch.strided:
+            raise InputTypeError(f"{name} must be a dense tensor; got {leaf.layout}. Call to_dense().")
+        return leaf.detach() if leaf.device.type == "cpu" else leaf.detach().cpu()
+    if isinstance(leaf, np.ndarray):
+        if leaf.dtype.kind not in "biufc":
+            raise InputTypeError(f"{name} must be an array of numbers or booleans; got dtype {leaf.dtype}. "
+                                 "Encode strings and objects as numbers in input_fn.")
+        return torch.from_numpy(leaf if leaf.flags.writeable and leaf.flags.c_contiguous else leaf.copy())
+    raise InputTypeError(f"{name} must be a tensor or an array [batch, ...]; got {type(leaf).__name__}.")
+
+
+def _named_leaves(batch: Batch) -> dict[str, Tensor]:
+    named = {}
+    for kind, tree in (("features", batch.features), ("labels", batch.labels)):
+        if tree is not None:
+            for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+                named[kind + pytree.keystr(path)] = leaf
+    return named
+
+
+def count_rows(batch: Batch) -> int:
+    """Returns the rows of a batch: the size of axis 0 of every tensor.
+
+    Raises:
+      InputError: a scalar, or tensors of different numbers of rows; names the key.
+    """
+    leaves = _named_leaves(batch)
+    first_name, first = next(iter(leaves.items()))
+    for name, leaf in leaves.items():
+        if leaf.ndim == 0:
+            raise InputError(f"{name} must be batch-major, [batch, ...]; got a scalar.")
+        if leaf.shape[0] != first.shape[0]:
+            raise InputError(f"{name} must be batch-major with the rows of {first_name}, {first.shape[0]}; got "
+                             f"shape {list(leaf.shape)}.")
+    return first.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What must not change from batch to batch: names with row shapes and dtypes, and the nesting."""
+
+    rows: Rows
+    nesting: tuple[Any, Any]
+
+
+class BatchChecker:
+    """Holds the first batch's signature against each later one.
+
+    Args:
+      batch_size: rows a batch should have.
+      exact: whether fewer rows are an error (train), rather than a batch to pad (eval, predict).
+    """
+
+    def __init__(self, *, batch_size: int, exact: bool) -> None:
+        self._batch_size = batch_size
+        self._exact = exact
+        self._first: Signature | None = None
+        self._short: int | None = None
+
+    def check(self, batch: Batch) -> int:
+        """Returns the number of rows of a batch.
+
+        Raises:
+          InputError: not batch-major, too many or too few rows, rows after a short batch, or another structure, shape
+            or dtype than the first batch's; names the key, old and new.
+        """
+        num_rows = count_rows(batch)
+        leaves = _named_leaves(batch)
+        signature = Signature(
+            rows={name: (tuple(leaf.shape[1:]), leaf.dtype) for name, leaf in leaves.items()},
+            nesting=(pytree.tree_structure(batch.features), pytree.tree_structure(batch.labels)))
+        if self._first is None:
+            self._first = signature
+        elif signature != self._first:
+            raise InputError(_difference(self._first, signature))
+        self._check_rows(num_rows)
+        return num_rows
+
+    def _check_rows(self, num_rows: int) -> None:
+        if num_rows == 0:
+            raise InputError("input_fn yielded a batch without rows.")
+        if num_rows > self._batch_size:
+            raise InputError(f"The real batch size should not be greater than batch_size, {self._batch_size}; got "
+                             f"{num_rows} rows. Batch by params['batch_size'] in input_fn.")
+        if num_rows < self._batch_size and self._exact:
+            raise InputError(
+                f"every training batch must have params['batch_size']={self._batch_size} rows; got {num_rows}. Batch "
+                "by params['batch_size'], and drop a short last batch (drop_last=True).")
+        if self._short is not None:
+            raise InputError(f"only the last batch may be short of batch_size, {self._batch_size}; a batch of "
+                             f"{num_rows} rows followed one of {self._short}.")
+        if num_rows < self._batch_size:
+            self._short = num_rows
+
+
+def _difference(first: Signature, now: Signature) -> str:
+    rule = "every batch must have the structure, shapes and dtypes of the first one"
+    missing, added = sorted(first.rows.keys() - now.rows.keys()), sorted(now.rows.keys() - first.rows.keys())
+    if missing or added:
+        return f"{rule}; missing: {missing}, new: {added}."
+    for name, (shape, dtype) in first.rows.items():
+        new_shape, new_dtype = now.rows[name]
+        if shape != new_shape:
+            return (f"{rule}, [batch, ...] of static shape; {name} changed from [batch, {_join(shape)}] to "
+                    f"[batch, {_join(new_shape)}]. Pad to one shape in input_fn.")
+        if dtype != new_dtype:
+            return f"{rule}; {name} changed from {dtype} to {new_dtype}."
+    return f"{rule}; the nesting changed from {first.nesting} to {now.nesting}."
+
+
+def _join(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))

@@ -1,0 +1,62 @@
+"""Every error that tpuspec raises: one tree, each also a builtin, so that plain `except ValueError` works.
+
+TpuspecError
+├── ConfigError (ValueError)         a setting or argument: exit code 2
+├── ConfigTypeError (TypeError)      the same, of a wrong type
+├── SpecError (ValueError)           what model_fn returned
+├── SpecTypeError (TypeError)        the same, of a wrong type
+├── SpecUsageError (RuntimeError)    the same, where the parts do not fit each other
+├── InputError (ValueError)          what input_fn returned or yielded
+├── InputTypeError (TypeError)       the same, of a wrong type
+├── HostCallError (RuntimeError)     user code on the host (metric_fn, host_call) raised
+├── DeviceError (RuntimeError)       no device, no torch_xla, or a client already started otherwise
+└── CheckpointError (RuntimeError)   a checkpoint cannot be written or read: exit code 3
+
+Messages say the rule, what was got and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class TpuspecError(Exception):
+    """Base of every error that tpuspec raises on purpose."""
+
+
+class ConfigError(TpuspecError, ValueError):
+    """A setting or an argument breaks a rule."""
+
+
+class ConfigTypeError(TpuspecError, TypeError):
+    """A setting or an argument has the wrong type."""
+
+
+class SpecError(TpuspecError, ValueError):
+    """What model_fn returned breaks a rule of the spec."""
+
+
+class SpecTypeError(TpuspecError, TypeError):
+    """A field of the spec has the wrong type."""
+
+
+class SpecUsageError(TpuspecError, RuntimeError):
+    """A field of the spec cannot work as it is (arity, scalars, kind of spec)."""
+
+
+class InputError(TpuspecError, ValueError):
+    """What input_fn returned or yielded breaks a rule."""
+
+
+class InputTypeError(TpuspecError, TypeError):
+    """What input_fn returned or yielded has the wrong type."""
+
+
+class HostCallError(TpuspecError, RuntimeError):
+    """User code that runs on the host for each step raised; the user's own error is the cause."""
+
+
+class DeviceError(TpuspecError, RuntimeError):
+    """The XLA device, its runtime, or its settings are not usable."""
+
+
+class CheckpointError(TpuspecError, RuntimeError):
+    """A checkpoint cannot be written, or what is stored cannot be used."""

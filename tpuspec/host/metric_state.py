@@ -1,0 +1,128 @@
+"""The running values of one evaluation: metrics by name, updated step by step, computed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from tpuspec.errors import SpecError, SpecTypeError
+from tpuspec.spec.estimator_spec import check_metric_value
+
+RESERVED_NAMES = ("loss", "global_step")
+
+
+def check_metric_names(results: object) -> None:
+    """Checks what metric_fn returned: a dict of allowed names and kinds of value.
+
+    Raises:
+      SpecTypeError: no dict, or a value of another kind.
+      SpecError: a reserved name, or a Metric that was never updated.
+    """
+    if not isinstance(results, Mapping):
+        raise SpecTypeError(f"metric_fn must return a dict of name -> metric; got {type(results).__name__}.")
+    for name, value in results.items():
+        if name in RESERVED_NAMES:
+            raise SpecError(f"Metric with name `{name}` is not allowed, because Estimator already defines a default "
+                            "metric with the same name. Rename it.")
+        check_metric_value(name, value)
+
+
+class MetricState:
+    """Folds what metric_fn returns for each step into one value per name; see `TPUEstimatorSpec.eval_metrics`."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, _Mean | Metric] = {}
+        self._owned: dict[int, Metric] = {}
+
+    def update(self, results: Mapping[str, Any], num_rows: int) -> None:
+        """Adds one step.
+
+        Args:
+          results: name -> (metric, arguments or None), Metric, or number or tensor to be averaged over rows.
+          num_rows: real rows of the step.
+
+        Raises:
+          SpecError, SpecTypeError: a name or a value breaks a rule, or changed its kind.
+        """
+        check_metric_names(results)
+        for name in sorted(results):
+            metric, arguments = _split(results[name])
+            if isinstance(metric, Metric):
+                self._update_metric(name, metric, arguments)
+            else:
+                mean = self._values.setdefault(name, _Mean())
+                if not isinstance(mean, _Mean):
+                    raise SpecTypeError(f"metric {name!r} was a Metric in an earlier step; got "
+                                        f"{type(metric).__name__}.")
+                mean.add(name, metric, num_rows)
+
+    def _update_metric(self, name: str, metric: Metric, arguments: tuple[Any, ...] | None) -> None:
+        kept = self._values.get(name)
+        if isinstance(kept, _Mean) or (kept is not None and type(kept) is not type(metric)):
+            raise SpecTypeError(f"metric {name!r} changed its kind from step to step; got {type(metric).__name__}.")
+        if arguments is None:
+            self._owned[id(metric)] = metric
+            if kept is not None and kept is not metric:
+                kept.merge_state(metric)
+        elif kept is None:
+            metric.reset()  # may be the user's, left over from an evaluation before
+        self._values[name] = metric if kept is None else kept
+        if arguments is not None:
+            self._values[name].update(*arguments)  # type: ignore[union-attr]
+
+    def compute(self) -> dict[str, Any]:
+        """Returns name -> int, float or array, nesting kept, in the order of names."""
+        return {name: to_plain(self._values[name].compute()) for name in sorted(self._values)}
+
+    def reset_owned(self) -> None:
+        """Resets the metrics that metric_fn updates by itself, so that the next evaluation starts afresh."""
+        for metric in self._owned.values():
+            metric.reset()
+        self._owned.clear()
+
+
+def _split(value: Any) -> tuple[Any, tuple[Any, ...] | None]:
+    return value if isinstance(value, tuple) else (value, None)
+
+
+class _Mean:
+    """Mean over rows of numbers, of scalars, or of tensors [rows, ...]."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._num_rows = 0
+
+    def add(self, name: str, value: Tensor | float, num_rows: int) -> None:
+        tensor = torch.as_tensor(value).detach().cpu()
+        wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+        if wide.ndim == 0:
+            total = wide * num_rows
+        elif wide.shape[0] == num_rows:
+            total = wide.sum(0)
+        else:
+            raise SpecTypeError(
+                f"metric {name!r} must be a number, or a tensor with one value per row, [{num_rows}, ...], which is "
+                f"averaged; got shape {list(wide.shape)}. Return (metric, arguments) for other values.")
+        self._total = total if self._total is None else self._total + total
+        self._num_rows += num_rows
+
+    def compute(self) -> Tensor:
+        assert self._total is not None
+        return self._total / max(self._num_rows, 1)
+
+
+def to_plain(value: Any) -> Any:
+    """Turns tensors into Python numbers (rank 0) or numpy arrays; keeps dicts, tuples and lists."""
+    if isinstance(value, Tensor):
+        return value.item() if value.ndim == 0 else value.detach().cpu().numpy()
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*(to_plain(item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(to_plain(item) for item in value)
+    return value

@@ -1,0 +1,57 @@
+"""The evaluation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tpuspec.data.pipeline import HostBatch
+from tpuspec.host.drain import Drain
+from tpuspec.loops.hooks import HookRunner
+from tpuspec.spec.backend import Backend, CompiledStep
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateLoop:
+    """Runs every batch once, or the first `max_steps` of them; hooks fire once around all steps.
+
+    Attributes:
+      backend: the device runtime.
+      step: the compiled evaluation step.
+      batches: the input.
+      drain: takes each step's outputs to the host.
+      hooks: of this call.
+      max_steps: steps at most; None for all.
+      hooks_per_step: whether hooks fire around each step, as without XLA.
+    """
+
+    backend: Backend
+    step: CompiledStep
+    batches: Iterator[HostBatch]
+    drain: Drain
+    hooks: HookRunner
+    max_steps: int | None = None
+    hooks_per_step: bool = False
+
+    def run(self) -> int:
+        """Evaluates; returns the number of steps."""
+        num_steps = 0
+        with self.hooks:
+            if not self.hooks_per_step:
+                self.hooks.before_run(0)
+            while (self.max_steps is None or num_steps < self.max_steps) and not self.hooks.context.stop_requested:
+                batch = next(self.batches, None)
+                if batch is None:
+                    break
+                if self.hooks_per_step:
+                    self.hooks.before_run(num_steps)
+                outputs = self.step(self.backend.feed(batch.replicas))
+                num_steps += 1
+                self.drain.submit(num_steps, outputs, batch.rows)
+                if self.hooks_per_step:
+                    self.hooks.after_run(num_steps, outputs[0].functions.hooks)
+            self.step.publish()
+            self.drain.flush()
+            if not self.hooks_per_step:
+                self.hooks.after_run(num_steps)
+        return num_steps

@@ -1,0 +1,208 @@
+"""What the worker thread does with each drained step: the user's host functions, metrics, loss, summaries, progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpuspec import summary
+from tpuspec.errors import TpuspecError
+from tpuspec.host.drain import DrainedStep
+from tpuspec.host.executor import host_call_error
+from tpuspec.host.metric_state import MetricState
+from tpuspec.spec.host_call import call_host_function
+from tpuspec.summary.progress import Progress
+from tpuspec.summary.writer import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+def run_host_function(name: str, fn: Callable[..., Any], tensors: Any, *, step: int,
+                      global_step: int | None = None) -> Any:
+    """Calls a host function of the user's and returns its result.
+
+    Raises:
+      HostCallError: it raised; the error names the function and the step.
+    """
+    try:
+        return call_host_function(name, fn, tensors)
+    except Exception as error:
+        raise host_call_error(name, step, error, global_step=global_step) from error
+
+
+class TrainWork:
+    """Host work of training steps: loss and throughput to the writer and the progress line, and host_call.
+
+    Args:
+      writer: of model_dir.
+      progress: the progress line.
+      step_kind: how steps run, for the line.
+      host_call_every: host_call runs on every n-th global step.
+      summary_every: steps between summaries; None or 0 for none.
+      log_every: steps between throughput measurements; None or 0 for none.
+      start_step: global step that the run starts from.
+      clock: seconds.
+    """
+
+    def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, host_call_every: int,
+                 summary_every: int | None, log_every: int | None, start_step: int,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        self._writer = writer
+        self._progress = progress
+        self._step_kind = step_kind
+        self._host_call_every = host_call_every
+        self._summary_every = summary_every
+        self._log_every = log_every
+        self._clock = clock
+        self._last = (start_step, clock())
+        self._rows = 0
+        self._rates: tuple[float | None, float | None] = (None, None)
+        self._unwritten: tuple[int, float] | None = None
+
+    def __call__(self, step: DrainedStep) -> None:
+        """Does one step's work."""
+        loss = step.tensors["loss"].double().mean().item()
+        self._rows += step.rows.num_rows
+        self._report(step.step, loss)
+        host_call = step.functions.host_call
+        # Counted in global steps, from the value before the update: 0, n, 2n, ...
+        if host_call is not None and (step.step - 1) % self._host_call_every == 0:
+            with summary.as_default(self._writer, step.step):
+                run_host_function("host_call", host_call, step.tensors["host_call"], step=step.step,
+                                  global_step=step.step - 1)
+
+    def finish(self) -> None:
+        """Writes the last step's loss, if it is not written yet, and brings the writer up to date."""
+        if self._unwritten is not None:
+            step, loss = self._unwritten
+            self._writer.scalar("loss", loss, step)
+            self._unwritten = None
+        self._writer.flush()
+
+    def _report(self, step: int, loss: float) -> None:
+        if self._log_every and step % self._log_every == 0:
+            self._measure(step)
+            self._progress.update(step, loss=loss, steps_per_second=self._rates[0],
+                                  examples_per_second=self._rates[1], step_kind=self._step_kind)
+        elif self._log_every and self._progress.is_live:
+            self._progress.update(step, loss=loss, steps_per_second=self._rates[0],
+                                  examples_per_second=self._rates[1], step_kind=self._step_kind)
+        if self._summary_every:
+            self._unwritten = (step, loss)
+            if step % self._summary_every == 0:
+                self.finish()
+
+    def _measure(self, step: int) -> None:
+        (last_step, last_time), now = self._last, self._clock()
+        seconds = max(now - last_time, 1e-9)
+        steps_per_second, examples_per_second = (step - last_step) / seconds, self._rows / seconds
+        self._last, self._rows, self._rates = (step, now), 0, (steps_per_second, examples_per_second)
+        if self._summary_every:
+            self._writer.scalar("global_step/sec", steps_per_second, step)
+            self._writer.scalar("examples/sec", examples_per_second, step)
+
+
+class EvalWork:
+    """Host work of evaluation steps: metric_fn, the loss, and host_call.
+
+    Args:
+      writer: of the evaluation's folder.
+      metrics: takes what metric_fn returns.
+      progress: the progress line.
+      step_kind: how steps run, for the line.
+      global_step: of the evaluated weights; the default step of summaries.
+    """
+
+    def __init__(self, *, writer: SummaryWriter, metrics: MetricState, progress: Progress, step_kind: str,
+                 global_step: int) -> None:
+        self.loss = LossMean()
+        self.num_rows = 0
+        self._writer = writer
+        self._metrics = metrics
+        self._progress = progress
+        self._step_kind = step_kind
+        self._global_step = global_step
+
+    def __call__(self, step: DrainedStep) -> None:
+        """Does one step's work."""
+        functions, tensors = step.functions, step.tensors
+        self.num_rows += step.rows.num_rows
+        if "example_losses" in tensors:
+            self.loss.add_examples(tensors["example_losses"])
+        elif "loss" in tensors:
+            self.loss.add_batches(tensors["loss"], step.rows.mask)
+        if functions.metric_fn is not None and step.rows.num_rows:
+            results = run_host_function("metric_fn", functions.metric_fn, tensors["eval_metrics"], step=step.step)
+            self._update(results, step)
+        elif functions.eval_metric_ops is not None:
+            self._update(functions.eval_metric_ops, step)
+        if functions.host_call is not None:
+            with summary.as_default(self._writer, self._global_step):
+                run_host_function("host_call", functions.host_call, tensors["host_call"], step=step.step)
+        if self._progress.is_live:
+            self._progress.update(step.step, loss=None, steps_per_second=None, examples_per_second=None,
+                                  step_kind=self._step_kind)
+
+    def _update(self, results: Any, step: DrainedStep) -> None:
+        try:
+            self._metrics.update(results, step.rows.num_rows)
+        except TpuspecError:
+            raise
+        except Exception as error:
+            raise host_call_error("metric_fn", step.step, error) from error
+
+
+class LossMean:
+    """Mean loss over rows: exact for per-example losses; for scalar losses over the batches without padding."""
+
+    def __init__(self) -> None:
+        self._full = [0.0, 0]
+        self._padded = [0.0, 0]
+
+    def add_examples(self, losses: Tensor) -> None:
+        """Adds losses of real rows, [rows]."""
+        self._full[0] += losses.double().sum().item()
+        self._full[1] += losses.shape[0]
+
+    def add_batches(self, losses: Tensor, mask: Tensor) -> None:
+        """Adds each replica's mean loss.
+
+        Args:
+          losses: [num_replicas], means over each replica's rows, padding included.
+          mask: bool [rows of all replicas], the real rows.
+        """
+        real = mask.reshape(losses.shape[0], -1)
+        counts, full = real.sum(1), real.all(1)
+        for which, group in ((full, self._full), (~full, self._padded)):
+            group[0] += (losses.double() * counts)[which].sum().item()
+            group[1] += int(counts[which].sum())
+
+    @property
+    def num_left_out(self) -> int:
+        """Real rows whose loss could not be told apart from that of padding rows, and is not in the mean."""
+        return self._padded[1] if self._full[1] else 0
+
+    @property
+    def only_padded(self) -> bool:
+        """Whether the mean is over padded batches, so that padding rows are in it."""
+        return bool(self._padded[1] and not self._full[1])
+
+    def compute(self) -> float:
+        """Returns the mean; nan without a row."""
+        total, rows = self._full if self._full[1] else self._padded
+        return total / rows if rows else torch.nan
+
+    def warn_of_padding(self) -> None:
+        """Warns, where a scalar loss could not be made exact."""
+        if self.num_left_out:
+            logger.warning("the last batch was padded, and its loss is a scalar: %d rows are left out of the mean "
+                           "loss. Return a loss per example, [batch], in EVAL to have all of them in it.",
+                           self.num_left_out)
+        if self.only_padded:
+            logger.warning("all batches were padded, and their loss is a scalar: padding rows are in the mean loss. "
+                           "Return a loss per example, [batch], in EVAL to leave them out.")

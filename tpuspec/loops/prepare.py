@@ -1,0 +1,97 @@
+"""Everything between a call of train, evaluate or predict and its first step: deployment, input, rehearsal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tpuspec.config import RunConfig
+from tpuspec.data.context import TPUContext
+from tpuspec.data.deployment import plan_input, plan_native_input
+from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
+from tpuspec.loops.rehearsal import Rehearsal, rehearse
+from tpuspec.loops.session import Session
+from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
+from tpuspec.spec.backend import CompiledStep
+from tpuspec.spec.functions import check_model_fn_call
+from tpuspec.spec.mode import ModeKeys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a loop runs on.
+
+    Attributes:
+      batches: the input, from its first batch.
+      step: the step, ready to run.
+      rehearsal: what the first spec says.
+      broadcast: whether all replicas get the same rows.
+      replica_batch_size: rows of one replica's batch; None without XLA where none was given.
+    """
+
+    batches: Iterator[HostBatch]
+    step: CompiledStep
+    rehearsal: Rehearsal
+    broadcast: bool
+    replica_batch_size: int | None
+
+
+class Preparation:
+    """Prepares one call in two stages: the deployment when it is made, the input when it is run.
+
+    Args:
+      model_fn: the user's.
+      params: the Trainer's.
+      config: the run's settings.
+      session: model and devices.
+      mode: the mode.
+      global_batch_size: rows of one step.
+      on_xla: whether the session runs on XLA.
+      seed: of a Dataset's shuffle.
+
+    Raises:
+      ConfigError: the batch size is missing or does not fit the replicas.
+    """
+
+    def __init__(self, *, model_fn: Callable[..., Any], params: Mapping[str, Any], config: RunConfig, session: Session,
+                 mode: ModeKeys, global_batch_size: int | None, on_xla: bool, seed: int) -> None:
+        self._model_fn, self._params, self._config = model_fn, params, config
+        self._session, self._mode, self._on_xla, self._seed = session, mode, on_xla, seed
+        topology = session.backend.topology
+        self.plan = plan_native_input(global_batch_size) if not on_xla else plan_input(
+            mode, config.tpu_config, global_batch_size=global_batch_size, num_hosts=topology.num_hosts,
+            num_replicas=topology.num_replicas)
+
+    def run(self, input_fn: Callable[..., Any]) -> Prepared:
+        """Calls input_fn, checks its first batch, and rehearses model_fn on it.
+
+        Raises:
+          ConfigError, InputError, SpecError and kin: a rule is broken; nothing was compiled.
+        """
+        session, mode = self._session, self._mode
+        backend = session.backend
+        batches = InputPipeline(InputSettings(
+            input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
+            topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._on_xla,
+            seed=self._seed))
+        first = next(batches)
+        check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
+        call = self._model_fn_call()
+        rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])
+        step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
+        return Prepared(
+            batches=itertools.chain([first], batches), step=backend.compile_step(step, session.replicas),
+            rehearsal=rehearsal, broadcast=self.plan.broadcast, replica_batch_size=self.plan.replica_batch_size)
+
+    def _model_fn_call(self) -> ModelFnCall:
+        topology = self._session.backend.topology
+        params = {**self._params, "use_tpu": self._on_xla}
+        if self.plan.replica_batch_size is not None:
+            params["batch_size"] = self.plan.replica_batch_size
+        if self._on_xla:
+            params["context"] = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas)
+        return ModelFnCall(
+            model_fn=self._model_fn, mode=self._mode, params=params, config=self._config, on_xla=self._on_xla,
+            batch_size=self.plan.replica_batch_size if self._on_xla else None, num_replicas=topology.num_replicas)

@@ -1,0 +1,123 @@
+"""Before the first step of a mode: model_fn is traced once on the first batch, and all that can be wrong is checked.
+
+Nothing is compiled or kept. A metric_fn is tried on zeros of the right shapes: its names and kinds are checked, its
+values thrown away, and an error of its own (zeros may not suit it) is left for the first real step to show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from tpuspec.errors import SpecError, TpuspecError
+from tpuspec.host.metric_state import check_metric_names
+from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer
+from tpuspec.spec.backend import Backend, Replica
+from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
+from tpuspec.spec.hooks import SessionRunHook
+from tpuspec.spec.host_call import call_host_function, check_keywords
+from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.results import Batch
+from tpuspec.spec.scaffold import Scaffold, make_scaffold
+from tpuspec.spec.train_op import TrainOp, as_train_op
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What the first spec says about the whole call.
+
+    Attributes:
+      scaffold: made once, on the host.
+      hooks: the spec's own hooks for the mode.
+    """
+
+    scaffold: Scaffold
+    hooks: tuple[SessionRunHook, ...]
+
+
+def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch) -> Rehearsal:
+    """Traces model_fn once and checks its spec.
+
+    Args:
+      backend: puts back what the trace changes.
+      replica: the replica to trace on.
+      call: how model_fn is called.
+      batch: the first batch, on the device.
+
+    Raises:
+      SpecError, SpecTypeError, SpecUsageError: a rule of the spec is broken.
+      TypeError: the keys of host tensors are not the parameters of their function.
+    """
+    def trace() -> Spec:
+        with torch.set_grad_enabled(call.mode is ModeKeys.TRAIN):
+            return call(replica, batch)
+
+    spec = backend.rehearse(replica, trace)
+    if call.mode is ModeKeys.TRAIN:
+        _check_train_op(spec, replica, call.num_replicas)
+    scaffold = _make_scaffold(spec, on_xla=call.on_xla)
+    if isinstance(spec, EstimatorSpec):
+        if call.mode is ModeKeys.EVAL:
+            check_metric_names(spec.eval_metric_ops)
+        hooks: dict[ModeKeys, Iterable[SessionRunHook] | None] = {
+            ModeKeys.TRAIN: [*(spec.training_chief_hooks or ()), *(spec.training_hooks or ())],
+            ModeKeys.EVAL: spec.evaluation_hooks, ModeKeys.PREDICT: spec.prediction_hooks}
+        return Rehearsal(scaffold=scaffold, hooks=tuple(hooks[call.mode] or ()))
+    if spec.host_call is not None:
+        check_keywords("host_call", spec.host_call[0], spec.host_call[1])
+    if call.mode is ModeKeys.EVAL and spec.eval_metrics is not None:
+        check_keywords("eval_metrics", spec.eval_metrics[0], spec.eval_metrics[1])
+        _rehearse_metrics(spec.eval_metrics[0], spec.eval_metrics[1])
+    return Rehearsal(scaffold=scaffold, hooks=())
+
+
+def _check_train_op(spec: Spec, replica: Replica, num_replicas: int) -> None:
+    train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
+    if not isinstance(train_op, TrainOp):
+        return
+    if not train_op.loss.requires_grad:
+        raise SpecError("the loss in train_op does not depend on any parameter that requires a gradient. Compute it "
+                        "with model_fn's model argument.")
+    check_optimizer(train_op, replica, num_replicas)
+
+
+def _make_scaffold(spec: Spec, *, on_xla: bool) -> Scaffold:
+    if isinstance(spec, TPUEstimatorSpec):
+        return make_scaffold(spec.scaffold_fn)
+    assert spec.scaffold is not None, "EstimatorSpec makes a default one"
+    if on_xla and spec.scaffold != Scaffold():
+        logger.warning("EstimatorSpec.Scaffold is ignored by TPU train/eval. Please use TPUEstimatorSpec.")
+        return Scaffold()
+    return spec.scaffold
+
+
+def _rehearse_metrics(metric_fn: Callable[..., Any], tensors: Any) -> None:
+    def zeros(tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    fake = ({name: zeros(t) for name, t in tensors.items()} if isinstance(tensors, Mapping)
+            else [zeros(t) for t in tensors])
+    try:
+        results = call_host_function("eval_metrics", metric_fn, fake)
+    except TpuspecError:
+        raise
+    except Exception as error:
+        logger.debug("metric_fn raised on zeros: %s", error)
+        return
+    try:
+        check_metric_names(results)
+    finally:
+        for value in results.values() if isinstance(results, Mapping) else ():
+            metric = value[0] if isinstance(value, tuple) and value else value
+            if isinstance(metric, Metric):
+                with contextlib.suppress(Exception):
+                    metric.reset()

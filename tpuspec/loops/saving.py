@@ -1,0 +1,50 @@
+"""Checkpoints of a training run: at the start, at their distance, and at the end, with listeners around each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tpuspec.checkpoint.manager import CheckpointManager
+from tpuspec.checkpoint.policy import SavePolicy
+from tpuspec.checkpoint.state import TrainingState
+from tpuspec.loops.hooks import ListenerRunner
+from tpuspec.spec.hooks import CheckpointSaverListener
+
+
+class Saver:
+    """Saves when its policy says so; see `CheckpointManager` for what a save does.
+
+    Args:
+      manager: store, policies and retention.
+      policy: when to save; the manager's.
+      read_state: reads the newest state, published before.
+      listeners: called around each save.
+    """
+
+    def __init__(self, manager: CheckpointManager, policy: SavePolicy, read_state: Callable[[], TrainingState],
+                 listeners: Sequence[CheckpointSaverListener]) -> None:
+        self._manager = manager
+        self._policy = policy
+        self._read_state = read_state
+        self._listeners = ListenerRunner(listeners)
+
+    def begin(self, step: int, *, is_saved: bool) -> bool:
+        """Saves the first state, unless it was restored from a checkpoint; returns whether a listener asks to stop."""
+        self._listeners.begin()
+        if is_saved:
+            self._policy.saved(step)
+            return False
+        return self._save(step) if self._policy.enabled else False
+
+    def at_boundary(self, step: int) -> bool:
+        """Saves if it is time; returns whether a listener asks to stop."""
+        return self._save(step) if self._policy.should_save(step) else False
+
+    def end(self, step: int) -> None:
+        """Saves the last state, unless it is saved."""
+        if self._policy.should_save_last(step):
+            self._save(step)
+        self._listeners.end(step)
+
+    def _save(self, step: int) -> bool:
+        return self._listeners.around(step, lambda: self._manager.save(self._read_state()))

@@ -1,0 +1,166 @@
+"""A model on its devices: replicas built once, their state read and written at loop boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tpuspec.checkpoint.restore import load_into_module
+from tpuspec.checkpoint.state import TrainingState
+from tpuspec.errors import CheckpointError, ConfigTypeError
+from tpuspec.spec.backend import Backend, Replica
+from tpuspec.spec.scaffold import Scaffold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where the module and its optimizers come from.
+
+    Attributes:
+      model: a function of params that returns a module, a module, or None.
+      optimizer: a function of (module, params) that returns an optimizer or a dict of them; None without training.
+      params: the Trainer's.
+    """
+
+    model: Callable[[Mapping[str, Any]], nn.Module] | nn.Module | None
+    optimizer: Callable[..., Any] | None
+    params: Mapping[str, Any]
+
+    def build_model(self) -> nn.Module | None:
+        """Builds the module on the host.
+
+        Raises:
+          ConfigTypeError: the function returned no module.
+        """
+        if self.model is None or isinstance(self.model, nn.Module):
+            return self.model
+        module = self.model(self.params)
+        if not isinstance(module, nn.Module):
+            raise ConfigTypeError(f"model must return a torch.nn.Module; got {type(module).__name__}.")
+        return module
+
+    def build_optimizers(self, module: nn.Module | None) -> dict[str, torch.optim.Optimizer]:
+        """Builds the optimizers over a placed module, by name; the name of a single one is ''.
+
+        Raises:
+          ConfigTypeError: the function returned something else.
+        """
+        if self.optimizer is None:
+            return {}
+        made = self.optimizer(module, self.params)
+        optimizers = dict(made) if isinstance(made, Mapping) else {"": made}
+        for name, optimizer in optimizers.items():
+            if not isinstance(name, str) or not isinstance(optimizer, torch.optim.Optimizer):
+                raise ConfigTypeError("optimizer must return a torch.optim.Optimizer or a dict of name -> Optimizer; "
+                                      f"got {type(optimizer).__name__}" + (f" for {name!r}." if name else "."))
+        return optimizers
+
+
+class Session:
+    """One backend with the replicas of a model; lives as long as its Trainer.
+
+    Attributes:
+      backend: the device runtime.
+      replicas: the local replicas, equal in state.
+      global_step: completed updates, as the host counts them.
+      has_state: whether the state was trained or restored; before, it is the initial one.
+    """
+
+    def __init__(self, backend: Backend, source: ModelSource, *, seed: int) -> None:
+        self.backend = backend
+        self.global_step = 0
+        self.has_state = False
+        self._source = source
+        backend.seed(seed)
+        self.replicas: list[Replica] = backend.place(source.build_model())
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The first replica's module."""
+        return self.replicas[0].model
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the module's parameters."""
+        return 0 if self.module is None else sum(p.numel() for p in self.module.parameters())
+
+    def ensure_optimizers(self) -> None:
+        """Builds the optimizers on first use: an evaluation needs none."""
+        for replica in self.replicas:
+            if not replica.optimizers:
+                replica.optimizers = self._source.build_optimizers(replica.model)
+
+    def set_training(self, training: bool) -> None:
+        """Puts the modules into train() or eval() mode."""
+        for replica in self.replicas:
+            if replica.model is not None:
+                replica.model.train(training)
+
+    def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
+        """Reads the module's state dict to the host, or what the scaffold's saver gives instead."""
+        if self.module is None:
+            return {}
+        read = scaffold.saver if scaffold is not None and scaffold.saver is not None else nn.Module.state_dict
+        return _own(self.backend.fetch(dict(read(self.module))))
+
+    def training_state(self, scaffold: Scaffold) -> TrainingState:
+        """Reads everything that a later run goes on from."""
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.replicas[0].optimizers.items()}
+        return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
+                             optimizers=_own(self.backend.fetch(optimizers)), extra={})
+
+    def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
+        """Loads a module's state dict on every replica.
+
+        Raises:
+          CheckpointError: names or shapes differ.
+        """
+        for replica in self.replicas:
+            if scaffold is not None and scaffold.restore is not None and replica.model is not None:
+                scaffold.restore(replica.model, tensors)
+            elif replica.model is not None:
+                load_into_module(replica.model, tensors)
+            elif tensors:
+                raise CheckpointError("Restoring from checkpoint failed: it holds a module's tensors, but the Trainer "
+                                      "has no model.")
+
+    def load_training_state(self, state: TrainingState, scaffold: Scaffold) -> None:
+        """Loads module, optimizers and global step.
+
+        Raises:
+          CheckpointError: they do not fit; nothing was loaded then of the optimizers.
+        """
+        names = set(self.replicas[0].optimizers)
+        if names != set(state.optimizers):
+            raise CheckpointError(f"Restoring from checkpoint failed: it holds the optimizers "
+                                  f"{sorted(state.optimizers)}, the Trainer has {sorted(names)}, a mismatch.")
+        self.load_model(state.model, scaffold)
+        for replica in self.replicas:
+            for name, optimizer in replica.optimizers.items():
+                try:
+                    optimizer.load_state_dict(state.optimizers[name])
+                except (ValueError, KeyError) as error:
+                    raise CheckpointError(f"Restoring from checkpoint failed: optimizer {name!r}: {error}") from error
+        self.set_global_step(state.global_step)
+
+    def set_global_step(self, step: int) -> None:
+        """Sets the step on host and devices."""
+        self.global_step = step
+        for replica in self.replicas:
+            with torch.no_grad():
+                replica.global_step.copy_(torch.tensor([step]))
+
+    def close(self) -> None:
+        """Waits for the devices."""
+        self.backend.close()
+
+
+def _own(tree: Any) -> Any:
+    """Copies the tensors that a backend on the host returned as they are, so that later steps cannot change them."""
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,0 +1,115 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from tpuspec.data.pipeline import HostBatch
+from tpuspec.host.drain import Drain, join_micro_steps
+from tpuspec.loops.hooks import HookRunner
+from tpuspec.loops.iterations import LoopSizer
+from tpuspec.loops.saving import Saver
+from tpuspec.loops.session import Session
+from tpuspec.spec.backend import CompiledStep
+from tpuspec.spec.results import StepOutput, StepRows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainLoop:
+    """Trains until the last step, the end of the input, or a stop request.
+
+    Order of events:
+
+        hooks.begin; save the first checkpoint
+        while steps are left and nobody asked to stop:
+          hooks.before_run
+          iterations_per_loop times: draw a batch, feed it, dispatch the step, drain the step before
+          publish the state; save if it is time; hooks.after_run
+        drain the last step; save the last checkpoint; hooks.end
+
+    Attributes:
+      session: model, optimizers, and the step count that is moved on.
+      step: the compiled training step.
+      batches: the input.
+      sizer: sizes of loops.
+      drain: takes each step's outputs to the host.
+      hooks: of this call.
+      saver: of checkpoints.
+      restored: whether the first state stands in a checkpoint already.
+      clock: seconds, for loops that fill a time.
+    """
+
+    session: Session
+    step: CompiledStep
+    batches: Iterator[HostBatch]
+    sizer: LoopSizer
+    drain: Drain
+    hooks: HookRunner
+    saver: Saver
+    restored: bool = False
+    clock: Callable[[], float] = field(default=time.perf_counter)
+
+    def run(self) -> bool:
+        """Trains; returns whether the input ended before the last step."""
+        with self.hooks:
+            try:
+                return self._run()
+            except Exception:
+                # Steps that were completed are told to the host; an error of that adds nothing to the first.
+                with contextlib.suppress(Exception):
+                    self.drain.flush()
+                raise
+
+    def _run(self) -> bool:
+        session, context, input_ended = self.session, self.hooks.context, False
+        if self.saver.begin(session.global_step, is_saved=self.restored):
+            context.request_stop()
+        while not (input_ended or context.stop_requested) and (
+                size := self.sizer.next_size(session.global_step)):
+            self.hooks.before_run(session.global_step)
+            begun, first = self.clock(), session.global_step
+            input_ended, last_outputs = self._run_steps(size)
+            self.step.publish()
+            self.sizer.finished(self.clock() - begun, session.global_step - first)
+            if self.saver.at_boundary(session.global_step):
+                context.request_stop()
+            if session.global_step > first:
+                self.hooks.after_run(session.global_step, last_outputs[0].functions.hooks)
+        self.drain.flush()
+        self.saver.end(session.global_step)
+        return input_ended
+
+    def _run_steps(self, num_steps: int) -> tuple[bool, list[StepOutput]]:
+        """Dispatches up to `num_steps` updates; returns whether the input ended, and the last outputs."""
+        outputs: list[StepOutput] = []
+        for _ in range(num_steps):
+            update = self._run_update()
+            if update is None:
+                return True, outputs
+            outputs, rows = update
+            self.session.global_step += 1
+            self.drain.submit(self.session.global_step, outputs, rows)
+        return False, outputs
+
+    def _run_update(self) -> tuple[list[StepOutput], StepRows] | None:
+        """Dispatches the batches of one update, several while gradients accumulate; None at the end of the input."""
+        micro_steps: list[list[StepOutput]] = []
+        num_rows = 0
+        while not micro_steps or not micro_steps[-1][0].is_update:
+            batch = next(self.batches, None)
+            if batch is None:
+                if micro_steps:
+                    logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
+                                   len(micro_steps))
+                return None
+            num_rows += batch.rows.num_rows
+            micro_steps.append(self.step(self.session.backend.feed(batch.replicas)))
+        return join_micro_steps(micro_steps), StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)

@@ -1,0 +1,64 @@
+"""Picks the backend: XLA where it is asked for, plain PyTorch where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from tpuspec.config import RunConfig
+from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime.native import NativeBackend
+from tpuspec.spec.backend import Backend
+
+PJRT_DEVICE = "PJRT_DEVICE"
+
+
+def select(config: RunConfig, *, use_tpu: bool) -> Backend:
+    """Returns the backend for a run; starts the XLA client if it is the first.
+
+    Args:
+      config: the settings of the run.
+      use_tpu: XLA (TPU, or CPU where there is none) if true, plain PyTorch on the CPU if not.
+
+    Raises:
+      DeviceError: torch_xla is missing, no device is found, or a client already runs with other settings.
+      ConfigError: the settings do not fit the devices.
+    """
+    num_workers = config.cluster.num_workers
+    if num_workers > 1:
+        raise ConfigError(f"this version of tpuspec drives one process; WORLD_SIZE={num_workers}. Start one process.")
+    if not use_tpu:
+        return NativeBackend()
+    platform, reason = choose_platform()
+    # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
+    from tpuspec.runtime.xla_replicas import XlaReplicas
+
+    return XlaReplicas.start(config, platform=platform, reason=reason)
+
+
+def choose_platform() -> tuple[str, str]:
+    """Returns the PJRT platform and why it was chosen; sets PJRT_DEVICE where it was unset.
+
+    Raises:
+      DeviceError: torch_xla is not installed.
+    """
+    if importlib.util.find_spec("torch_xla") is None:
+        raise DeviceError(
+            "use_tpu=True needs torch_xla, which is not installed. Install torch_xla==2.9.0 (Linux), with the extra "
+            "tpuspec[tpu] on a TPU host, or run with use_tpu=False.")
+    chosen = os.environ.get(PJRT_DEVICE)
+    if chosen:
+        return chosen.upper(), f"{PJRT_DEVICE}={chosen}"
+    # Keeps torch_xla from choosing, and from logging that it chose.
+    os.environ["PJRT_SELECT_DEFAULT_DEVICE"] = "0"
+    try:
+        import torch_xla
+        from torch_xla._internal import tpu
+
+        num_chips = tpu.num_available_chips() if torch_xla._found_libtpu else 0
+    finally:
+        del os.environ["PJRT_SELECT_DEFAULT_DEVICE"]
+    platform = "TPU" if num_chips else "CPU"
+    os.environ[PJRT_DEVICE] = platform
+    found = f"libtpu found {num_chips} chips" if num_chips else "no TPU found"
+    return platform, f"{PJRT_DEVICE} not set, {found}"

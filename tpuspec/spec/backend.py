@@ -1,0 +1,159 @@
+"""The seam between the loops and a device runtime: three verbs outside the step, two inside it, and the topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tpuspec.spec.results import Batch, StepOutput
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """Who computes.
+
+    Attributes:
+      platform: 'TPU', 'CPU', 'CUDA'.
+      devices: this host's devices, one name a replica.
+      num_hosts: processes with devices.
+      host_index: this process among them.
+      reason: why this platform was chosen, for the banner.
+    """
+
+    platform: str
+    devices: tuple[str, ...]
+    num_hosts: int = 1
+    host_index: int = 0
+    reason: str = ""
+
+    @property
+    def num_replicas(self) -> int:
+        """Model copies over all hosts."""
+        return len(self.devices) * self.num_hosts
+
+    @property
+    def num_replicas_per_host(self) -> int:
+        """Model copies of one host."""
+        return len(self.devices)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this host writes checkpoints and summaries."""
+        return self.host_index == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RngState:
+    """Random state.
+
+    Attributes:
+      host: torch's on the CPU, uint8 [bytes].
+      devices: seed of each local device; empty where the host's is all.
+    """
+
+    host: Tensor
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One model copy and its training state on one device.
+
+    Attributes:
+      ordinal: its number among all replicas.
+      device: its device.
+      model: the module; None where the Trainer has none.
+      optimizers: by name; one unnamed optimizer has the name ''.
+      global_step: int64 [1] on the device; completed updates.
+    """
+
+    ordinal: int
+    device: torch.device
+    model: nn.Module | None
+    global_step: Tensor
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+
+StepFunction = Callable[[Replica, Batch], StepOutput]
+"""One step of one replica, in terms of device tensors only."""
+
+
+class CompiledStep(Protocol):
+    """A step made ready to run on every local replica."""
+
+    def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
+        """Dispatches one step on device batches, one a local replica; does not wait for it."""
+        ...
+
+    def publish(self) -> None:
+        """Makes the newest state readable in the modules and optimizers; called at every loop boundary."""
+        ...
+
+
+class Backend(Protocol):
+    """A device runtime.
+
+    Attributes:
+      topology: who computes.
+      static_shapes: whether every batch must have one shape, so that short batches are padded.
+      step_kind: how steps run, for the progress line: 'traced', 'replay' or 'eager'.
+    """
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def static_shapes(self) -> bool: ...
+
+    @property
+    def step_kind(self) -> str: ...
+
+    def place(self, model: nn.Module | None) -> list[Replica]:
+        """Puts one copy of a host module on each local device; tied parameters stay tied."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Seeds the random state of host and devices."""
+        ...
+
+    def rng_state(self) -> RngState:
+        """Reads the random state of host and devices."""
+        ...
+
+    def set_rng_state(self, state: RngState) -> None:
+        """Puts a random state back."""
+        ...
+
+    def feed(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Sends host batches, one a local replica, to the devices."""
+        ...
+
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
+        """Makes a step ready to run; tracing and compiling may wait until it is called."""
+        ...
+
+    def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
+        """Traces `fn` on a replica without running it: buffers and random state are as before afterwards."""
+        ...
+
+    def fetch(self, tree: T) -> T:
+        """Copies every device tensor of a nested structure to the host, in one transfer a device."""
+        ...
+
+    def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
+        """Inside a step: reduces the gradients over all replicas and applies them (`xm.optimizer_step`)."""
+        ...
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Inside a step: concatenates a tensor over all replicas along axis 0, in replica order."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what was dispatched and lets the devices go."""
+        ...

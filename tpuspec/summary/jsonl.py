@@ -1,0 +1,109 @@
+"""JsonlWriter: summaries as one JSON object a line, for programs to read while the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tpuspec.summary.values import array_value, image_value, scalar_value, step_value, text_value
+
+FILE_NAME = "metrics.jsonl"
+
+
+class JsonlWriter:
+    """Appends to `<logdir>/metrics.jsonl`, made at the first write.
+
+    Each line is strict JSON with "step", "name" and "wall_time", and "value" of a scalar, "text" of a text, "histogram"
+    (count, min, max, mean, std) or the "shape" of an image. Numbers that JSON lacks are the strings "NaN", "Infinity"
+    and "-Infinity". A line is in the file when the call returns. What a killed process left of a line stays a line of
+    its own.
+
+    Args:
+      logdir: folder; made when it is missing.
+      clock: returns the wall time in seconds.
+    """
+
+    def __init__(self, logdir: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
+        self.logdir = os.path.abspath(logdir)
+        self.path = os.path.join(self.logdir, FILE_NAME)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._file: io.FileIO | None = None
+
+    def scalar(self, name: str, value: Any, step: int) -> None:
+        """Appends one number."""
+        self._append(step, name, "value", _json_number(scalar_value(name, value)))
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Appends the statistics of `values`; those of no number are null."""
+        self._append(step, name, "histogram", _statistics(array_value(name, values)))
+
+    def image(self, name: str, image: Any, step: int) -> None:
+        """Appends the shape of the image, not its pixels."""
+        self._append(step, name, "shape", list(image_value(name, image).shape))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Appends a text."""
+        self._append(step, name, "text", text_value(name, text))
+
+    def flush(self) -> None:
+        """Does nothing: every line is already in the file."""
+
+    def close(self) -> None:
+        """Closes the file; a later write opens it again."""
+        with self._lock:
+            self._close()
+
+    def _append(self, step: Any, name: str, kind: str, value: Any) -> None:
+        record = {"step": step_value(step), "name": name, kind: value, "wall_time": self._clock()}
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        with self._lock:
+            try:
+                file = self._open()
+                while line:
+                    line = line[file.write(line):]
+            except OSError:
+                # A line may be torn: opening again ends it.
+                self._close()
+                raise
+
+    def _open(self) -> io.FileIO:
+        if self._file is None:
+            os.makedirs(self.logdir, exist_ok=True)
+            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - kept open, close() closes it
+            if self._file.seek(0, os.SEEK_END) > 0:
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":
+                    self._file.write(b"\n")
+        elif not os.path.exists(self.path):
+            raise FileNotFoundError(errno.ENOENT, "the log file was deleted", self.path)
+        return self._file
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _statistics(array: np.ndarray) -> dict[str, Any]:
+    if not array.size:
+        return {"count": 0, "min": None, "max": None, "mean": None, "std": None}
+    array = array.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        numbers = {"min": array.min(), "max": array.max(), "mean": array.mean(), "std": array.std()}
+    return {"count": array.size} | {name: _json_number(float(number)) for name, number in numbers.items()}

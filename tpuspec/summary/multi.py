@@ -1,0 +1,80 @@
+"""MultiWriter: one call, several writers; a log folder that fails does not end the training."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from tpuspec.summary.jsonl import JsonlWriter
+from tpuspec.summary.tensorboard import TensorBoardWriter
+from tpuspec.summary.writer import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class MultiWriter:
+    """Hands each summary to every writer, in order.
+
+    A writer that raises OSError (its folder was deleted, its disk is full) is named in one warning, closed, and left
+    out from then on. Without writers all is discarded: what a process that is not the chief needs.
+    """
+
+    def __init__(self, writers: Iterable[SummaryWriter]) -> None:
+        self._lock = threading.Lock()
+        self._writers = tuple(writers)
+
+    def scalar(self, name: str, value: Any, step: int) -> None:
+        """Writes one number to each writer."""
+        self._each("scalar", name, value, step)
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Writes the distribution of `values` to each writer."""
+        self._each("histogram", name, values, step)
+
+    def image(self, name: str, image: Any, step: int) -> None:
+        """Writes an image, or a grid of images, to each writer."""
+        self._each("image", name, image, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Writes a text to each writer."""
+        self._each("text", name, text, step)
+
+    def flush(self) -> None:
+        """Flushes each writer."""
+        self._each("flush")
+
+    def close(self) -> None:
+        """Closes each writer."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for writer in self._writers:
+            try:
+                getattr(writer, method)(*arguments)
+            except OSError as error:
+                self._leave_out(writer, error)
+
+    def _leave_out(self, writer: SummaryWriter, error: OSError) -> None:
+        with self._lock:
+            if not any(writer is kept for kept in self._writers):
+                return
+            self._writers = tuple(kept for kept in self._writers if kept is not writer)
+        logger.warning("No more summaries are written by %s to %s, which failed: %s. The run goes on without them.",
+                       type(writer).__name__, getattr(writer, "logdir", "its folder"), error)
+        with contextlib.suppress(OSError):
+            writer.close()
+
+
+def create_file_writer(logdir: str | os.PathLike[str]) -> SummaryWriter:
+    """Returns a writer of TensorBoard event files and of metrics.jsonl in `logdir`; nothing is created before a write.
+
+    A remote folder (gs://bucket/run) gets the event files only: an object store cannot append lines.
+    """
+    folder = os.fspath(logdir)
+    if "://" in folder:
+        return MultiWriter([TensorBoardWriter(folder)])
+    return MultiWriter([TensorBoardWriter(folder), JsonlWriter(folder)])

@@ -1,0 +1,94 @@
+"""`python -m tpuspec.train config=NAME`: parse, build, run, close. `--help` explains it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tpuspec
+from tpuspec.cli.compose import Job
+from tpuspec.cli.launch import format_metrics, launch
+from tpuspec.cli.record import describe_environment, replacing, write_record
+from tpuspec.cli.schema import Mode, run_config
+from tpuspec.cli.targets import Functions, resolve_functions
+
+PREDICTIONS_FILE = "predictions.jsonl"
+_NUM_SHOWN_PREDICTIONS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (that of this process where None is given) and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    started = datetime.now().astimezone()
+    return launch(argv, lambda job: run(job, describe_environment(argv, started)), started)
+
+
+def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Builds the Trainer of one job, runs its mode and returns the metrics.
+
+    Args:
+      job: a composed job.
+      environment: what is written beside the settings before training.
+    """
+    settings = job.settings
+    functions = resolve_functions(settings, job.prefixes)
+    trainer = tpuspec.Trainer(
+        functions.model_fn, model=functions.model, optimizer=functions.optimizer, model_dir=settings.model_dir,
+        config=run_config(settings), params=settings.params, use_tpu=settings.use_tpu,
+        train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
+        predict_batch_size=settings.predict_batch_size, eval_on_tpu=settings.eval_on_tpu)
+    if settings.mode is Mode.predict:
+        return predict(job, trainer, functions)
+    if settings.mode is not Mode.evaluate:
+        train(job, trainer, functions, environment)
+    metrics = {} if settings.mode is Mode.train else trainer.evaluate(functions.input_fn, steps=settings.run.eval_steps)
+    if metrics:
+        print(f"evaluation at step {metrics['global_step']}: {format_metrics(metrics)}")
+    print(f"TensorBoard: tensorboard --logdir {settings.model_dir}", flush=True)
+    return metrics
+
+
+def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment: Mapping[str, Any]) -> None:
+    """Trains, unless training is complete already; the settings are written first."""
+    settings, step = job.settings, trainer.global_step()
+    if settings.run.max_steps is not None and step >= settings.run.max_steps:
+        print(f"training is complete: {settings.model_dir} is at step {step}, run.max_steps is "
+              f"{settings.run.max_steps}. A larger run.max_steps goes on from there.", flush=True)
+        return
+    if trainer.config.is_chief:
+        write_record(Path(trainer.model_dir), job.resolved, environment)
+    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps)
+
+
+def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
+    """Writes a line of JSON for each example into model_dir, and prints the first ones."""
+    path = Path(trainer.model_dir) / PREDICTIONS_FILE
+    predictions = iter(trainer.predict(functions.input_fn))
+    # The first one is drawn before the file is made: without a checkpoint there is nothing to leave behind.
+    first = list(itertools.islice(predictions, 1))
+    num_predictions = 0
+    with replacing(path) as file:
+        for num_predictions, prediction in enumerate(itertools.chain(first, predictions), start=1):
+            line = json.dumps(_as_data(prediction))
+            file.write(line + "\n")
+            if num_predictions <= _NUM_SHOWN_PREDICTIONS:
+                print(line)
+    print(f"{num_predictions} predictions: {path}", flush=True)
+    return {"num_predictions": num_predictions}
+
+
+def _as_data(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _as_data(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

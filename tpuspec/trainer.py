@@ -1,0 +1,385 @@
+"""Trainer: one model_fn on XLA devices, or on the plain CPU: train, evaluate, predict."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import nn
+
+from tpuspec import arguments
+from tpuspec.checkpoint.manager import CheckpointManager
+from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
+from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.config import InputPipelineConfig, LoopLength, RunConfig
+from tpuspec.errors import ConfigError
+from tpuspec.host.drain import Drain
+from tpuspec.host.executor import HostExecutor
+from tpuspec.host.metric_state import MetricState
+from tpuspec.loops.evaluate import EvaluateLoop
+from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
+from tpuspec.loops.host_work import EvalWork, TrainWork
+from tpuspec.loops.iterations import LoopSizer
+from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples
+from tpuspec.loops.prepare import Preparation, Prepared
+from tpuspec.loops.report import banner_facts, write_results
+from tpuspec.loops.saving import Saver
+from tpuspec.loops.session import ModelSource, Session
+from tpuspec.loops.train import TrainLoop
+from tpuspec.loops.weights import borrowed_weights, restore_for_training
+from tpuspec.runtime.select import select
+from tpuspec.spec.functions import ModelFactory, OptimizerFactory, check_model_fn
+from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
+from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.results import EvalResult
+from tpuspec.spec.scaffold import Scaffold
+from tpuspec.summary import create_file_writer
+from tpuspec.summary.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Drives XLA devices, or the plain CPU, with one model_fn.
+
+    Args:
+      model_fn: builds one step; see `tpuspec.spec.functions.ModelFn`.
+      model: function of params that returns the module, or the module itself.
+      optimizer: function of (module, params) that returns an optimizer, or a dict of several by name.
+      model_dir: folder of checkpoints and logs; None takes config.model_dir, or a temporary folder.
+      config: a RunConfig.
+      params: values for the user's functions; 'batch_size' and 'context' are reserved.
+      use_tpu: XLA devices if true; plain PyTorch on the CPU if not.
+      train_batch_size, eval_batch_size, predict_batch_size: global batch sizes, rows over all replicas.
+      eval_on_tpu: False evaluates on the plain CPU.
+
+    Raises:
+      ConfigError, ConfigTypeError: an argument breaks a rule.
+
+    Source: tf.estimator.tpu.TPUEstimator.
+    """
+
+    def __init__(
+            self, model_fn: Callable[..., Any], *, model: ModelFactory | nn.Module | None = None,
+            optimizer: OptimizerFactory | None = None, model_dir: str | os.PathLike[str] | None = None,
+            config: RunConfig | None = None, params: Mapping[str, Any] | None = None, use_tpu: bool = True,
+            train_batch_size: int | None = None, eval_batch_size: int | None = None,
+            predict_batch_size: int | None = None, eval_on_tpu: bool = True) -> None:
+        checked = arguments.check_config(config)
+        arguments.check_params(params)
+        if use_tpu:
+            arguments.check_batch_sizes(
+                checked, train=train_batch_size, evaluate=eval_batch_size, predict=predict_batch_size)
+        check_model_fn(model_fn, params_given=params is not None)
+        self._config = arguments.resolve_model_dir(model_dir, checked)
+        self._params = copy.deepcopy(dict(params or {}))
+        self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
+                             ModeKeys.PREDICT: predict_batch_size}
+        self._use_tpu = use_tpu
+        self._eval_on_tpu = eval_on_tpu
+        self._source = ModelSource(model=model, optimizer=optimizer, params=self._params)
+        self._model_fn = model_fn
+        self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
+        self._sessions: dict[bool, Session] = {}
+        self._store = CheckpointStore(self.model_dir)
+        self._progress = Progress(enabled=self._config.show_progress)
+        self._predicting = 0
+        self._training = False
+
+    @property
+    def model_dir(self) -> str:
+        """Folder of checkpoints and logs."""
+        assert self._config.model_dir is not None, "set by resolve_model_dir"
+        return self._config.model_dir
+
+    @property
+    def config(self) -> RunConfig:
+        """A deep copy of the settings."""
+        return copy.deepcopy(self._config)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """A deep copy of the user's params."""
+        return copy.deepcopy(self._params)
+
+    def latest_checkpoint(self) -> str | None:
+        """Path of the newest checkpoint in model_dir, or None."""
+        path = self._store.latest()
+        return None if path is None else str(path)
+
+    def global_step(self) -> int:
+        """Completed updates of the newest state: the model in memory, or the newest checkpoint."""
+        session, path = self._sessions.get(self._use_tpu), self._store.latest()
+        live = 0 if session is None else session.global_step
+        return live if path is None else max(live, self._store.read_step(path))
+
+    def get_variable_names(self) -> list[str]:
+        """Names of what the newest checkpoint holds of the model, and 'global_step'.
+
+        Raises:
+          ConfigError: there is no checkpoint.
+        """
+        return sorted([*self._load_latest(), "global_step"])
+
+    def get_variable_value(self, name: str) -> np.ndarray[Any, Any]:
+        """Value of one name in the newest checkpoint.
+
+        Raises:
+          ConfigError: there is no checkpoint, or no such name in it.
+        """
+        values = self._load_latest()
+        if name == "global_step":
+            return np.asarray(self.global_step())
+        if name not in values:
+            raise ConfigError(f"no variable {name!r} in {self.latest_checkpoint()}; it holds {sorted(values)}.")
+        return values[name].float().numpy() if values[name].dtype.itemsize == 2 else values[name].numpy()
+
+    def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
+              steps: int | None = None, max_steps: int | None = None,
+              saving_listeners: Iterable[CheckpointSaverListener] | None = None) -> Self:
+        """Trains from the newest checkpoint, or from the start.
+
+        Args:
+          input_fn: makes the input; see `tpuspec.spec.functions.InputFn`.
+          hooks: called at every loop boundary.
+          steps: updates to add.
+          max_steps: global step to end at; if it is reached, nothing is done.
+          saving_listeners: called around each checkpoint.
+
+        Raises:
+          ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
+          HostCallError: host_call raised; names the step.
+          Exception: of input_fn, model_fn or a hook, as it is.
+        """
+        self._check_not_predicting("train")
+        if self._config.cluster.task_type == "evaluator":
+            raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
+                              "use train_and_evaluate there, or task_type='worker'.")
+        if steps is not None and max_steps is not None:
+            raise ConfigError("Can not provide both steps and max_steps.")
+        arguments.check_above_zero("steps", steps)
+        arguments.check_above_zero("max_steps", max_steps)
+        if max_steps is not None and self.global_step() >= max_steps:
+            self._progress.message(f"training is complete: global step {self.global_step()} of {max_steps}.")
+            return self
+        checked_hooks = check_hooks(hooks)
+        session = self._session(self._use_tpu)
+        preparation = self._prepare(session, ModeKeys.TRAIN, on_xla=self._use_tpu)
+        if self._use_tpu and steps is None and max_steps is None:
+            raise ConfigError("For TPU training, one of `steps` or `max_steps` must be set.")
+        for name, value in (("Train steps", steps), ("Train max_steps", max_steps)):
+            if value is not None:
+                arguments.check_int(name, value)
+        checked_listeners = check_listeners(saving_listeners)
+        save_policy = self._save_policy()
+        if checked_listeners and not save_policy.enabled:
+            raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
+                              "save_checkpoints_steps or save_checkpoints_secs.")
+        self._store.prepare()
+        session.ensure_optimizers()
+        session.set_training(True)
+        prepared = preparation.run(input_fn)
+        restored = restore_for_training(session, self._store, prepared.rehearsal.scaffold)
+        # The same seed at the same step, whatever was drawn before: input_fn and model_fn of the user included.
+        session.backend.seed(self._seed + session.global_step)
+        last_step = max_steps if steps is None else session.global_step + steps
+        saver = Saver(
+            CheckpointManager(self._store, save_policy, RetentionPolicy(
+                max_to_keep=self._config.keep_checkpoint_max,
+                keep_every_n_hours=self._config.keep_checkpoint_every_n_hours)),
+            save_policy, lambda: session.training_state(prepared.rehearsal.scaffold), checked_listeners)
+        self._run_training(session, prepared, saver, [*checked_hooks, *prepared.rehearsal.hooks],
+                           last_step=last_step, restored=restored)
+        return self
+
+    def _run_training(self, session: Session, prepared: Prepared, saver: Saver, hooks: list[SessionRunHook], *,
+                      last_step: int | None, restored: bool) -> None:
+        config, progress, first_step = self._config, self._progress, session.global_step
+        # Without XLA hooks fire per step: each step is a loop of its own.
+        length = config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
+        self._banner(session)
+        with contextlib.closing(create_file_writer(self.model_dir)) as writer:
+            work = TrainWork(
+                writer=writer, progress=progress, step_kind=session.backend.step_kind, start_step=first_step,
+                host_call_every=config.tpu_config.host_call_every_n_steps, summary_every=config.save_summary_steps,
+                log_every=config.log_step_count_steps)
+            progress.start("train", last_step)
+            try:
+                with HostExecutor(config.host_queue_size) as executor:
+                    input_ended = TrainLoop(
+                        session=session, step=prepared.step, batches=prepared.batches,
+                        sizer=LoopSizer(length, last_step), saver=saver, restored=restored,
+                        drain=Drain(session.backend.fetch, executor, work=work, broadcast=prepared.broadcast),
+                        hooks=HookRunner(hooks, HookContext(mode=ModeKeys.TRAIN, model=session.module), writer=writer),
+                    ).run()
+            finally:
+                progress.stop()
+                work.finish()
+        if input_ended and last_step is not None:
+            progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a Dataset, or "
+                             "repeat the batches in input_fn, to train on.")
+        if session.global_step == first_step:
+            logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
+
+    def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,
+                 hooks: Iterable[SessionRunHook] | None = None, checkpoint_path: str | os.PathLike[str] | None = None,
+                 name: str | None = None) -> EvalResult:
+        """Evaluates the newest weights, or a checkpoint's, over the whole input.
+
+        Args:
+          input_fn: makes the input.
+          steps: batches at most; None runs to the end.
+          hooks: called once around all steps; with use_tpu=False around each.
+          checkpoint_path: folder of a checkpoint; None takes the newest weights, which without a checkpoint are the
+            initial ones.
+          name: of this evaluation; its logs go to model_dir/eval_<name>.
+
+        Returns:
+          Metric name -> value over all real rows, with 'loss', the mean over them, and 'global_step'.
+
+        Raises:
+          ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
+          HostCallError: metric_fn or host_call raised; names the step.
+        """
+        self._check_not_predicting("evaluate")
+        on_xla = self._use_tpu and self._eval_on_tpu
+        checked_hooks = check_hooks(hooks)
+        self._check_sliced(on_xla)
+        session = self._session(on_xla)
+        preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
+        arguments.check_eval_steps(steps, on_xla=on_xla)
+        folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
+        session.set_training(False)
+        prepared = preparation.run(input_fn)
+        with (self._weights(session, checkpoint_path, prepared.rehearsal.scaffold) as evaluated,
+              contextlib.closing(create_file_writer(folder)) as writer):
+            metrics, progress = MetricState(), self._progress
+            context = HookContext(mode=ModeKeys.EVAL, model=session.module)
+            work = EvalWork(writer=writer, metrics=metrics, progress=progress, step_kind=session.backend.step_kind,
+                            global_step=session.global_step)
+            self._banner(session)
+            progress.start(f"eval{f' {name}' if name else ''}", steps)
+            try:
+                with HostExecutor(self._config.host_queue_size) as executor:
+                    EvaluateLoop(
+                        backend=session.backend, step=prepared.step, batches=prepared.batches, max_steps=steps,
+                        drain=Drain(session.backend.fetch, executor, work=work, broadcast=prepared.broadcast),
+                        hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
+                                         summary_step=session.global_step),
+                        hooks_per_step=not on_xla).run()
+                result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
+            finally:
+                metrics.reset_owned()
+                progress.stop()
+            work.loss.warn_of_padding()
+            write_results(writer, result, evaluated)
+        progress.table(f"evaluation{f' {name}' if name else ''} of {work.num_rows} rows at step "
+                       f"{result['global_step']}", result)
+        return result
+
+    def predict(self, input_fn: Callable[..., Any], predict_keys: Sequence[str] | None = None,
+                hooks: Iterable[SessionRunHook] | None = None,
+                checkpoint_path: str | os.PathLike[str] | None = None,
+                yield_single_examples: bool = True) -> Generator[Any, None, None]:
+        """Yields predictions in the order of the input; nothing happens before the first is asked for.
+
+        Args:
+          input_fn: makes the input; labels are dropped.
+          predict_keys: names to yield; None yields all.
+          hooks: called once per batch.
+          checkpoint_path: as in evaluate.
+          yield_single_examples: rows, {name: array [...]}; if false batches, {name: array [batch, ...]}.
+
+        Raises:
+          As evaluate, from the first next().
+        """
+        self._check_not_predicting("predict")
+        checked_hooks = check_hooks(hooks)
+        self._check_sliced(self._use_tpu)
+        session = self._session(self._use_tpu)
+        preparation = self._prepare(session, ModeKeys.PREDICT, on_xla=self._use_tpu)
+        session.set_training(False)
+        prepared = preparation.run(input_fn)
+        with (self._weights(session, checkpoint_path, prepared.rehearsal.scaffold, generator=True),
+              contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")) as writer,
+              HostExecutor(self._config.host_queue_size) as executor):
+            context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
+            loop = PredictLoop(
+                backend=session.backend, step=prepared.step, batches=prepared.batches, executor=executor,
+                drain=Drain(session.backend.fetch, executor, broadcast=prepared.broadcast),
+                writer=writer, global_step=session.global_step,
+                hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
+                                 summary_step=session.global_step))
+            with contextlib.closing(loop.run()) as steps:
+                for step in steps:
+                    predictions = select_predictions(step.tensors["predictions"], predict_keys)
+                    if yield_single_examples:
+                        yield from single_examples(predictions)
+                    else:
+                        yield predictions
+
+    def _session(self, on_xla: bool) -> Session:
+        """Returns the model on the devices of one kind; built on first use."""
+        if on_xla not in self._sessions:
+            source = self._source
+            if on_xla != self._use_tpu and isinstance(source.model, nn.Module):
+                # The user's own module lives on the training devices.
+                source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
+            self._sessions[on_xla] = Session(select(self._config, use_tpu=on_xla), source, seed=self._seed)
+        return self._sessions[on_xla]
+
+    def _save_policy(self) -> SavePolicy:
+        seconds = self._config.save_checkpoints_secs
+        assert not isinstance(seconds, str), "resolved by RunConfig"
+        return SavePolicy(self._config.save_checkpoints_steps, seconds)
+
+    def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
+        return Preparation(
+            model_fn=self._model_fn, params=self._params, config=self._config, session=session, mode=mode,
+            global_batch_size=self._batch_sizes[mode], on_xla=on_xla, seed=self._seed)
+
+    @contextlib.contextmanager
+    def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold, *,
+                 generator: bool = False) -> Iterator[str | None]:
+        """Holds the weights to evaluate in the session, and keeps its random state and mode for training."""
+        random_state, was_training = session.backend.rng_state(), self._training
+        trained = self._sessions.get(self._use_tpu)
+        with borrowed_weights(session, trained, self._store, checkpoint_path, scaffold) as path:
+            self._predicting += generator
+            session.set_training(False)
+            session.backend.seed(self._seed)
+            try:
+                yield path
+            finally:
+                self._predicting -= generator
+                session.set_training(was_training)
+                session.backend.set_rng_state(random_state)
+
+    def _check_sliced(self, on_xla: bool) -> None:
+        configured = self._config.tpu_config.eval_training_input_configuration
+        if configured is InputPipelineConfig.SLICED and not on_xla:
+            raise ConfigError("Invalid TPUConfig `eval_training_input_configuration` value. SLICED mode only works on "
+                              "use_tpu = True.")
+
+    def _check_not_predicting(self, verb: str) -> None:
+        if self._predicting:
+            raise ConfigError(f"{verb}() was called while a predict() generator is open, whose weights it would "
+                              "change. Read the generator to its end, or close() it.")
+
+    def _banner(self, session: Session) -> None:
+        self._progress.banner("tpuspec", banner_facts(
+            session, model_dir=self.model_dir, batch_sizes=self._batch_sizes, seed=self._seed))
+
+    def _load_latest(self) -> dict[str, Any]:
+        path = self._store.latest()
+        if path is None:
+            raise ConfigError(f"Could not find trained model in model_dir: {self.model_dir}.")
+        return self._store.load(path, optimizers=False).model
