@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import tpuspec
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
+
+import tpuspec
 from tpuspec import ModeKeys, TPUEstimatorSpec
 
 NUM_CLASSES = 10

@@ -1,5 +1,6 @@
 """Every test runs on XLA:CPU with few threads, and fails if it leaves threads, environment or files behind."""
 
+import functools
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0))
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 THREAD_GRACE_SECONDS = 2.0
 
 # Started once in a process and never ended, by fsspec for its asynchronous file systems.
@@ -29,8 +30,18 @@ APPEARING_VARIABLES = frozenset({
 })
 
 # pytest sets the variable itself; the folders are caches of the tools, which git ignores too.
-PYTEST_VARIABLE = "PYTEST_CURRENT_TEST"
+PYTEST_VARIABLE = b"PYTEST_CURRENT_TEST"
 CACHES = frozenset({".pytest_cache", ".hypothesis", ".ruff_cache", "__pycache__"})
+
+
+def entries(folder: Path | str) -> frozenset[str]:
+    """Returns the names in a folder; lists it anew only when it has changed."""
+    return _entries(str(folder), os.stat(folder).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _entries(folder: str, mtime_ns: int) -> frozenset[str]:
+    return frozenset(os.listdir(folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +49,7 @@ class Surroundings:
     """What a test must leave as it found it."""
 
     threads: frozenset[threading.Thread]
-    environment: dict[str, str]
+    environment: dict[bytes, bytes]
     cwd: str
     files: frozenset[str]
 
@@ -46,23 +57,34 @@ class Surroundings:
     def take(cls) -> Self:
         """Notes the surroundings as they are now."""
         cwd = os.getcwd()
-        environment = os.environ.copy()
+        files = entries(ROOT)
+        if cwd != str(ROOT):
+            files |= entries(cwd)
+        # The mapping's own bytes: a copy through its public methods decodes each variable, 100 times as slow.
+        environment = os.environ._data.copy()
         environment.pop(PYTEST_VARIABLE, None)
-        files = os.listdir(ROOT) if cwd == str(ROOT) else [*os.listdir(ROOT), *os.listdir(cwd)]
-        return cls(threads=frozenset(threading.enumerate()), environment=environment, cwd=cwd, files=frozenset(files))
+        return cls(threads=frozenset(threading.enumerate()), environment=environment, cwd=cwd, files=files)
 
     def leaks_into(self, after: "Surroundings") -> list[str]:
         """Names what `after` has and this lacks, one line each."""
         leaks = [f"thread {thread.name!r} still runs: close what started it" for thread in self._lasting(after)]
-        for name in sorted(self.environment.keys() | after.environment.keys()):
-            old, new = self.environment.get(name), after.environment.get(name)
-            if old != new and not (old is None and name in APPEARING_VARIABLES):
-                leaks.append(f"environment variable {name} was {old!r} and is {new!r}: use monkeypatch.setenv")
+        if self.environment != after.environment:
+            leaks += self._changed_variables(after)
         if self.cwd != after.cwd:
             leaks.append(f"the working directory was {self.cwd} and is {after.cwd}: use monkeypatch.chdir")
         else:
-            leaks += [f"file {name!r} was left behind: use tmp_path" for name in sorted(after.files - self.files - CACHES)]
+            left = sorted(after.files - self.files - CACHES)
+            leaks += [f"file {name!r} was left behind: use tmp_path" for name in left]
         return leaks
+
+    def _changed_variables(self, after: "Surroundings") -> list[str]:
+        changes = []
+        for key in sorted(self.environment.keys() | after.environment.keys()):
+            old, new = self.environment.get(key), after.environment.get(key)
+            name = os.fsdecode(key)
+            if old != new and not (old is None and name in APPEARING_VARIABLES):
+                changes.append(f"environment variable {name} was {old!r} and is {new!r}: use monkeypatch.setenv")
+        return changes
 
     def _lasting(self, after: "Surroundings") -> list[threading.Thread]:
         # A dummy is a thread of C++ (autograd's) that once called Python: not ours to end.
@@ -76,9 +98,10 @@ class Surroundings:
     def restore(self) -> None:
         """Mends what can be mended, so that one leak fails one test."""
         os.chdir(self.cwd)
-        for name in os.environ.keys() - self.environment.keys() - APPEARING_VARIABLES - {PYTEST_VARIABLE}:
-            del os.environ[name]
-        os.environ.update(self.environment)
+        for key in os.environb.keys() - self.environment.keys() - {PYTEST_VARIABLE}:
+            if os.fsdecode(key) not in APPEARING_VARIABLES:
+                del os.environb[key]
+        os.environb.update(self.environment)
 
 
 @pytest.fixture(autouse=True)

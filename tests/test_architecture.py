@@ -10,10 +10,12 @@ ROOT = Path(__file__).parent.parent
 
 # In backticks, a name is a path if it is below a top-level folder or ends like one of the project's files.
 FOLDERS = ("tpuspec", "configs", "recipes", "tests", "benchmarks", "docs", ".ci")
-PATH = re.compile(rf"(?:(?:{'|'.join(map(re.escape, FOLDERS))})/[^\s:]*|[\w./*-]+\.(?:py|md|toml|lock))(?::[\w.]+(?:\(\))?)?")
+PATH = re.compile(
+    rf"(?:(?:{'|'.join(map(re.escape, FOLDERS))})/[^\s:]*|[\w./*-]+\.(?:py|md|toml|lock))(?::[\w.]+(?:\(\))?)?")
 FENCE = re.compile(r"^( *)(```|~~~).*?^ *\2[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)|^\s*\[[^\]]+\]:\s*<?([^\s>]+)|\b(?:src|href)=[\"']([^\"']+)", re.MULTILINE)
+LINK = re.compile(
+    r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)|^\s*\[[^\]]+\]:\s*<?([^\s>]+)|\b(?:src|href)=[\"']([^\"']+)", re.MULTILINE)
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:|//|#", re.IGNORECASE)
 
 

@@ -1,6 +1,7 @@
 """Imports run downhill, and torch_xla lives in tpuspec/runtime only."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ MAY_IMPORT |= {
 }
 HOME_OF_TORCH_XLA = "runtime"
 IMPORTERS = {"import_module", "__import__"}
+TORCH_XLA_MODULE = re.compile(r"torch_xla(\.\w+)+")
 
 
 def modules(package: Path) -> Iterator[tuple[str, str, ast.Module]]:
@@ -76,11 +78,11 @@ def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
             case ast.ImportFrom(module=module, names=names, level=level):
                 source = absolute(module or "", level, package)
                 yield from ((node.lineno, f"{source}.{alias.name}") for alias in names)
-            case ast.Call(func=ast.Name(id=called) | ast.Attribute(attr=called), args=[first, *_]) if called in IMPORTERS:
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[first, *_]) if name in IMPORTERS:
                 text = literal_start(first) or ""
                 name = text.lstrip(".")
                 yield node.lineno, absolute(name, len(text) - len(name), package)
-            case ast.Constant(value=str(text)) if text.startswith("torch_xla.") and text.replace(".", "").isidentifier():
+            case ast.Constant(value=str(text)) if TORCH_XLA_MODULE.fullmatch(text):
                 yield node.lineno, text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from tpuspec.cli.launch import format_metrics, launch
 from tpuspec.cli.record import describe_environment, replacing, write_record
 from tpuspec.cli.schema import Mode, run_config
 from tpuspec.cli.targets import Functions, resolve_functions
+from tpuspec.errors import ConfigError
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
@@ -44,6 +45,9 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
         config=run_config(settings), params=settings.params, use_tpu=settings.use_tpu,
         train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
         predict_batch_size=settings.predict_batch_size, eval_on_tpu=settings.eval_on_tpu)
+    if settings.mode in (Mode.evaluate, Mode.predict) and trainer.latest_checkpoint() is None:
+        raise ConfigError(f"mode={settings.mode.name} needs a checkpoint, and model_dir {settings.model_dir} holds "
+                          "none. Train first, or give the folder of a training run, model_dir=DIR.")
     if settings.mode is Mode.predict:
         return predict(job, trainer, functions)
     if settings.mode is not Mode.evaluate:
@@ -70,12 +74,9 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
     """Writes a line of JSON for each example into model_dir, and prints the first ones."""
     path = Path(trainer.model_dir) / PREDICTIONS_FILE
-    predictions = iter(trainer.predict(functions.input_fn))
-    # The first one is drawn before the file is made: without a checkpoint there is nothing to leave behind.
-    first = list(itertools.islice(predictions, 1))
     num_predictions = 0
-    with replacing(path) as file:
-        for num_predictions, prediction in enumerate(itertools.chain(first, predictions), start=1):
+    with replacing(path) as file, contextlib.closing(trainer.predict(functions.input_fn)) as predictions:
+        for num_predictions, prediction in enumerate(predictions, start=1):
             line = json.dumps(_as_data(prediction))
             file.write(line + "\n")
             if num_predictions <= _NUM_SHOWN_PREDICTIONS:

@@ -92,7 +92,6 @@ class Trainer:
         self._store = CheckpointStore(self.model_dir)
         self._progress = Progress(enabled=self._config.show_progress)
         self._predicting = 0
-        self._training = False
 
     @property
     def model_dir(self) -> str:
@@ -257,10 +256,11 @@ class Trainer:
         preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
         arguments.check_eval_steps(steps, on_xla=on_xla)
         folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
-        session.set_training(False)
-        prepared = preparation.run(input_fn)
-        with (self._weights(session, checkpoint_path, prepared.rehearsal.scaffold) as evaluated,
-              contextlib.closing(create_file_writer(folder)) as writer):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(session.evaluating(self._seed))
+            prepared = preparation.run(input_fn)
+            evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
+            writer = stack.enter_context(contextlib.closing(create_file_writer(folder)))
             metrics, progress = MetricState(), self._progress
             context = HookContext(mode=ModeKeys.EVAL, model=session.module)
             work = EvalWork(writer=writer, metrics=metrics, progress=progress, step_kind=session.backend.step_kind,
@@ -306,11 +306,12 @@ class Trainer:
         self._check_sliced(self._use_tpu)
         session = self._session(self._use_tpu)
         preparation = self._prepare(session, ModeKeys.PREDICT, on_xla=self._use_tpu)
-        session.set_training(False)
-        prepared = preparation.run(input_fn)
-        with (self._weights(session, checkpoint_path, prepared.rehearsal.scaffold, generator=True),
-              contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")) as writer,
-              HostExecutor(self._config.host_queue_size) as executor):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(session.evaluating(self._seed))
+            prepared = preparation.run(input_fn)
+            stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold, generator=True))
+            writer = stack.enter_context(contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")))
+            executor = stack.enter_context(HostExecutor(self._config.host_queue_size))
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
             loop = PredictLoop(
                 backend=session.backend, step=prepared.step, batches=prepared.batches, executor=executor,
@@ -349,19 +350,14 @@ class Trainer:
     @contextlib.contextmanager
     def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold, *,
                  generator: bool = False) -> Iterator[str | None]:
-        """Holds the weights to evaluate in the session, and keeps its random state and mode for training."""
-        random_state, was_training = session.backend.rng_state(), self._training
+        """Holds the weights to evaluate in the session; a generator that holds them keeps other calls away."""
         trained = self._sessions.get(self._use_tpu)
         with borrowed_weights(session, trained, self._store, checkpoint_path, scaffold) as path:
             self._predicting += generator
-            session.set_training(False)
-            session.backend.seed(self._seed)
             try:
                 yield path
             finally:
                 self._predicting -= generator
-                session.set_training(was_training)
-                session.backend.set_rng_state(random_state)
 
     def _check_sliced(self, on_xla: bool) -> None:
         configured = self._config.tpu_config.eval_training_input_configuration

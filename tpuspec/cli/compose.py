@@ -16,24 +16,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from tpuspec.cli.choices import GROUP, PACKAGED_CONFIGS, Choice, check_choice, find_choices, format_choices
-from tpuspec.cli.schema import Mode, RunSettings, TrainConfig, check_settings, register_schema
+from tpuspec.cli.explain import ALLOW, COMPOSITION_ERRORS, explained, unknown_key
+from tpuspec.cli.schema import RunSettings, TrainConfig, check_settings, register_schema
 from tpuspec.cli.targets import allowed_prefixes
 from tpuspec.config import TPUConfig
 from tpuspec.errors import ConfigError
 
 _PRIMARY = "train"
-_ALLOW = "allow"
-_HYDRA_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError)
 _STRUCTURED = {"": TrainConfig, "run": RunSettings, "tpu": TPUConfig}
 _LONGEST_FOLDER_NAME = 120
 
@@ -60,7 +57,6 @@ class _Draft:
     """A job while it is composed: `swept` are those of its overrides that the sweep varies."""
 
     choice: str
-    overrides: list[str]
     swept: list[str]
     config: DictConfig
 
@@ -80,10 +76,13 @@ def compose_jobs(overrides: Sequence[str], *, config_dir: Path | None, multirun:
     choices = find_choices(config_dir)
     parsed = _parse(overrides)
     prefixes = allowed_prefixes(_take_allowed(parsed))
-    if not any(override.key_or_group == GROUP for override in parsed):
-        raise ConfigError(_no_config(parsed, choices))
+    num_chosen = sum(override.key_or_group == GROUP for override in parsed)
+    if num_chosen != 1:
+        raise ConfigError("config= is given twice; one of them would be ignored." if num_chosen else
+                          _no_config(parsed, choices))
     register_schema()
-    drafts = [_draft(combination, config_dir, choices) for combination in _combinations(parsed, multirun)]
+    drafts = [_draft(texts, swept, number, config_dir, choices)
+              for number, (texts, swept) in enumerate(_combinations(parsed, multirun))]
     if multirun:
         _separate(drafts, now)
     given = [override.key_or_group for override in parsed]
@@ -91,23 +90,25 @@ def compose_jobs(overrides: Sequence[str], *, config_dir: Path | None, multirun:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}. Arguments are key=value; quote a "
-                          "value that has spaces or brackets.") from error
-    for override in parsed:
-        if re.match(r"hydra([./@]|$)", override.key_or_group):
-            raise ConfigError(
-                f"{override.key_or_group} is Hydra's own setting and would be ignored: tpuspec runs each job itself, in "
-                "this folder, and writes below model_dir. Use model_dir=DIR, or --config-dir DIR for more configs.")
+    parser, parsed = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed.extend(parser.parse_overrides([text]))
+        except HydraException as error:
+            raise ConfigError(f"cannot read the argument {text!r}. Arguments are key=value; a value with spaces, "
+                              "brackets or = needs quotes of its own, such as 'model_dir=\"my runs\"'.") from error
+        key = parsed[-1].key_or_group
+        if re.match(r"hydra([./@]|$)", key):
+            raise ConfigError(f"{key} is Hydra's own setting and would be ignored: tpuspec runs each job itself, in "
+                              "this folder, and writes below model_dir. Use model_dir=DIR, or --config-dir DIR for "
+                              "more configs.")
     return parsed
 
 
 def _take_allowed(parsed: list[Override]) -> list[str]:
     """Removes `allow=` from the overrides: it has no place in the settings, so that no file can set it."""
     allowed: list[str] = []
-    for override in [o for o in parsed if o.key_or_group == _ALLOW]:
+    for override in [o for o in parsed if o.key_or_group == ALLOW]:
         parsed.remove(override)
         value = None if override.is_sweep_override() or override.is_delete() else override.value()
         if not isinstance(value, str | list):
@@ -119,7 +120,7 @@ def _take_allowed(parsed: list[Override]) -> list[str]:
 def _no_config(parsed: list[Override], choices: dict[str, Choice]) -> str:
     near = [o.key_or_group for o in parsed if difflib.get_close_matches(o.key_or_group, [GROUP])]
     hint = f" (you wrote {near[0]}=)" if near else ""
-    return (f"Choose what to train{hint}: python -m tpuspec.train config=NAME\n{format_choices(choices)}\n"
+    return (f"config= is missing{hint}: python -m tpuspec.train config=NAME\n{format_choices(choices)}\n"
             "--help explains modes and settings; --config-dir DIR adds your own configs.")
 
 
@@ -138,8 +139,8 @@ def _combinations(parsed: list[Override], multirun: bool) -> Iterator[tuple[list
         yield [text for text, _ in combination], [text for text, is_swept in combination if is_swept]
 
 
-def _draft(combination: tuple[list[str], list[str]], config_dir: Path | None, choices: dict[str, Choice]) -> _Draft:
-    overrides, swept = combination
+def _draft(overrides: list[str], swept: list[str], number: int, config_dir: Path | None,
+           choices: dict[str, Choice]) -> _Draft:
     choice = next(str(o.value()) for o in _parse(overrides) if o.key_or_group == GROUP)
     if "," not in choice:  # a list without --multirun: Hydra's own message is the better one
         check_choice(choice, choices)
@@ -147,11 +148,26 @@ def _draft(combination: tuple[list[str], list[str]], config_dir: Path | None, ch
     with initialize_config_dir(str(PACKAGED_CONFIGS), job_name=_PRIMARY, version_base="1.3"):
         try:
             config = compose(_PRIMARY, [*overrides, *search], return_hydra_config=True)
-        except _HYDRA_ERRORS as error:
-            raise _explained(error, choice, search, choices) from error
-        _check_hydra_untouched(config, choices[choice])
-    _check_keys(config, choices[choice])
-    return _Draft(choice=choice, overrides=overrides, swept=swept, config=config)
+            _check_hydra_untouched(config, choices[choice])
+            _resolve(config, number)
+        except COMPOSITION_ERRORS as error:
+            raise explained(error, choices, lambda: compose(_PRIMARY, [f"{GROUP}={choice}", *search])) from error
+    _check_keys(config)
+    return _Draft(choice=choice, swept=swept, config=config)
+
+
+def _resolve(config: DictConfig, number: int) -> None:
+    """Resolves every interpolation, ${hydra:...} included, and takes Hydra's own node away."""
+    with open_dict(config):
+        config.hydra.job.num = number
+        config.hydra.job.id = str(number)
+    HydraConfig.instance().set_config(config)
+    try:
+        with open_dict(config):
+            del config["hydra"]
+        OmegaConf.resolve(config)
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def _quoted(text: str) -> str:
@@ -168,65 +184,13 @@ def _check_hydra_untouched(config: DictConfig, choice: Choice) -> None:
                           "out. tpuspec runs each job itself and writes below model_dir.")
 
 
-def _check_keys(config: DictConfig, choice: Choice) -> None:
-    """Refuses what Hydra lets through: keys added by + or ++, and keys removed by ~."""
+def _check_keys(config: DictConfig) -> None:
+    """Refuses the unknown keys that Hydra lets through: those added by + or ++."""
     for where, schema in _STRUCTURED.items():
-        node = config[where] if where else config
         known = {f.name for f in dataclasses.fields(schema)}
-        found = {str(key) for key in node} - ({"hydra"} if not where else set())
-        for key in sorted(found - known):
-            raise ConfigError(_unknown_key(f"{where}.{key}" if where else key, config, choice.name))
-        for key in sorted(known - found):
-            raise ConfigError(f"{where}.{key} cannot be removed; set it to null.".lstrip("."))
-
-
-def _explained(error: Exception, choice: str, search: list[str], choices: dict[str, Choice]) -> ConfigError:
-    """Turns an error of Hydra, OmegaConf or YAML into one that names the key, the place and the mend."""
-    cause = error.__cause__ or error.__context__
-    if not isinstance(cause, OmegaConfBaseException):
-        return ConfigError(re.sub(r"\n?(Config search path:|See https://)(.|\n)*", "", str(error)).strip())
-    key, reason = cause.full_key or "", str(cause.msg or cause).splitlines()[0]
-    in_file = re.match(r"In '([^']+)'", str(error))
-    file = choices.get(in_file[1].removeprefix(GROUP + "/")) if in_file else None
-    place = f"{file.path}: " if file else ""
-    if re.match(r"Key '.*' (not in|is not in struct)", reason):
-        try:
-            base = None if file else compose(_PRIMARY, [f"{GROUP}={choice}", *search])
-        except _HYDRA_ERRORS:
-            base = None
-        return ConfigError(place + _unknown_key(key, base, choice))
-    if key == "mode" and (value := re.match(r"Invalid value '(.*)',", reason)):
-        later = " Exporting comes in a later version." if value[1] == "export" else ""
-        return ConfigError(f"{place}mode must be one of {', '.join(m.name for m in Mode)}; got {value[1]!r}.{later}")
-    return ConfigError(f"{place}{key}: {reason}")
-
-
-def _unknown_key(key: str, base: DictConfig | None, choice: str) -> str:
-    if key.split(".")[0] == _ALLOW:
-        return "allow is for the command line only: a config file cannot allow its own names. Give 'allow=[mypackage.]'."
-    base = OmegaConf.structured(TrainConfig) if base is None else base
-    keys = list(_keys(base))
-    near = difflib.get_close_matches(key, keys, n=1)
-    tail = key.rpartition(".")[2]
-    if not near:  # the right name in the wrong place, such as max_steps for run.max_steps
-        near = [known for known in keys if known.rpartition(".")[2] == tail][:1]
-    message = f"there is no setting {key!r} in config={choice}" + (f"; did you mean {near[0]!r}?" if near else ".")
-    if key.startswith("params."):
-        message += f" To add a new one, write +{key}=VALUE."
-    elif not near:
-        message += f" The settings are: {', '.join(k for k in keys if '.' not in k)}."
-    return message
-
-
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
-        if not prefix and key == "hydra":
-            continue
-        name = f"{prefix}{key}"
-        yield name
-        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            yield from _keys(child, name + ".")
+        for key in config[where] if where else config:
+            if key not in known:
+                raise ConfigError(unknown_key(f"{where}.{key}" if where else str(key), config))
 
 
 def _separate(drafts: list[_Draft], now: datetime) -> None:
@@ -247,22 +211,10 @@ def _job(draft: _Draft, prefixes: tuple[str, ...], given: list[str], *, multirun
     config = draft.config
     if config.model_dir is None:
         config.model_dir = f"runs/{draft.choice}"
-    try:
-        with open_dict(config):
-            config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)  # for ${hydra:...} in values
-        with open_dict(config):
-            del config["hydra"]
-        OmegaConf.resolve(config)
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError(f"{missing[0]} is not set; config={draft.choice} must set it, or the command line.")
-        settings = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{key}{str(error.msg or error).splitlines()[0]}") from error
-    finally:
-        HydraConfig.instance().cfg = None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set; config={draft.choice} must set it, or the command line.")
+    settings = OmegaConf.to_object(config)
     assert isinstance(settings, TrainConfig)
     if not settings.model_dir or "://" in settings.model_dir or "\0" in settings.model_dir:
         raise ConfigError(f"model_dir must be a folder of this machine; got {settings.model_dir!r}.")

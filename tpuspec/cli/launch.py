@@ -38,7 +38,7 @@ def launch(argv: Sequence[str], run_job: RunJob, now: datetime) -> int:
             print(f"tpuspec {package_version('tpuspec') or '(not installed)'}")
             return DONE
         jobs = compose_jobs(arguments.overrides, config_dir=arguments.config_dir, multirun=arguments.multirun, now=now)
-    except Exception as error:  # noqa: BLE001 - every error has its exit code
+    except Exception as error:
         return report(error)
     if arguments.show_config:
         print("---\n".join(job.resolved for job in jobs), end="")
@@ -50,7 +50,7 @@ def run_reported(job: Job, run_job: RunJob) -> tuple[int, Mapping[str, Any]]:
     """Runs one job; returns its exit code and its metrics, and reports its error, if any, on stderr."""
     try:
         return DONE, run_job(job)
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error has its exit code
+    except (Exception, KeyboardInterrupt) as error:
         return report(error), {}
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = ("tpuspec", "torch", "torch_xla", "torchmetrics", "numpy", "hydra-core")
 
 
-def write_record(model_dir: Path, resolved: str, environment: dict[str, Any]) -> None:
+def write_record(model_dir: Path, resolved: str, environment: Mapping[str, Any]) -> None:
     """Writes the resolved settings and the environment into `model_dir`, which is made.
 
     Raises:

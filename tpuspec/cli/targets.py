@@ -1,4 +1,4 @@
-"""Dotted names in a config, resolved only where an allow-list permits: a config file is data, and may be a stranger's."""
+"""Dotted names in a config, resolved only below allowed prefixes: a config file may come from a stranger."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def allowed_prefixes(extra: Iterable[str] = ()) -> tuple[str, ...]:
     Raises:
       ConfigError: an extra one is no dotted name.
     """
-    prefixes = list(BUILT_IN_PREFIXES)
+    prefixes: list[str] = list(BUILT_IN_PREFIXES)
     for prefix in extra:
         if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
             raise ConfigError(f"allow takes names of packages, such as allow=[mypackage.]; got {prefix!r}.")

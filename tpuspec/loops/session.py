@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,19 @@ class Session:
         for replica in self.replicas:
             if replica.model is not None:
                 replica.model.train(training)
+
+    @contextlib.contextmanager
+    def evaluating(self, seed: int) -> Iterator[None]:
+        """Puts the modules into eval() mode; mode and random state are as before afterwards, so training goes on."""
+        random_state = self.backend.rng_state()
+        was_training = self.module is not None and self.module.training
+        self.set_training(False)
+        self.backend.seed(seed)
+        try:
+            yield
+        finally:
+            self.set_training(was_training)
+            self.backend.set_rng_state(random_state)
 
     def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
         """Reads the module's state dict to the host, or what the scaffold's saver gives instead."""

@@ -1,0 +1,73 @@
+"""Choosing a platform and starting its client; each case in a process of its own, as the client starts once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tpuspec.config import CaptureMode, RunConfig
+from tpuspec.errors import ConfigError
+from tpuspec.runtime.native import NativeBackend
+from tpuspec.runtime.select import select
+
+
+def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+
+
+SELECT = """
+import tpuspec
+from tpuspec.runtime.select import select
+backend = select(tpuspec.RunConfig(tpu_config=tpuspec.TPUConfig(num_shards={num_shards})), use_tpu=True)
+print(backend.topology)
+"""
+
+
+def test_without_pjrt_device_and_without_tpu_the_cpu_is_chosen_and_the_reason_told():
+    done = run_python(SELECT.format(num_shards=None), PJRT_DEVICE=None)
+    assert done.returncode == 0, done.stderr
+    assert "platform='CPU'" in done.stdout and "PJRT_DEVICE not set, no TPU found" in done.stdout
+    assert "Defaulting to PJRT_DEVICE" not in done.stderr
+
+
+def test_a_platform_that_cannot_start_is_a_device_error_with_the_mend():
+    done = run_python(SELECT.format(num_shards=None), PJRT_DEVICE="NOSUCH")
+    assert done.returncode == 1
+    assert "DeviceError: PJRT_DEVICE=NOSUCH cannot be started" in done.stderr
+    assert "Set PJRT_DEVICE=CPU" in done.stderr
+
+
+def test_a_client_that_runs_with_other_devices_is_a_device_error():
+    code = "import torch_xla; torch_xla.device(); import os; os.environ['CPU_NUM_DEVICES'] = '4'" + SELECT.format(
+        num_shards=4)
+    done = run_python(code, PJRT_DEVICE="CPU")
+    assert "DeviceError: The XLA client of this process already runs with 1 CPU devices" in done.stderr
+    assert "before the first XLA call" in done.stderr
+
+
+def test_without_torch_xla_the_error_says_what_to_install():
+    code = "import importlib.util as u; real = u.find_spec\n" \
+           "u.find_spec = lambda name, *a: None if name == 'torch_xla' else real(name, *a)" + SELECT.format(num_shards=1)
+    done = run_python(code, PJRT_DEVICE="CPU")
+    assert "DeviceError: use_tpu=True needs torch_xla, which is not installed" in done.stderr
+    assert "use_tpu=False" in done.stderr
+
+
+def test_plain_pytorch_needs_no_xla():
+    assert isinstance(select(RunConfig(), use_tpu=False), NativeBackend)
+
+
+def test_several_processes_are_refused_for_now(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process; WORLD_SIZE=2"):
+        select(RunConfig(), use_tpu=False)
+
+
+def test_required_capture_is_refused_for_now():
+    with pytest.raises(ConfigError, match=r"capture=require.*Set capture=auto"):
+        select(RunConfig(capture=CaptureMode.require), use_tpu=True)

@@ -1,0 +1,475 @@
+"""The Trainer as its users see it, on XLA:CPU and, where it matters, on plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import tpuspec
+from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.errors import CheckpointError, ConfigError, HostCallError
+
+
+def regression_rows(num_rows: int) -> TensorDataset:
+    x = torch.linspace(-1, 1, num_rows).reshape(-1, 1)
+    return TensorDataset(x, 3 * x + 1)
+
+
+def regression_fn(features, labels, mode, params, model, optimizer, global_step):
+    prediction = model(features)
+    if mode == ModeKeys.PREDICT:
+        return TPUEstimatorSpec(mode, predictions={"y": prediction, "x": features})
+    losses = F.mse_loss(prediction, labels, reduction="none").squeeze(1)
+    if mode == ModeKeys.EVAL:
+        return TPUEstimatorSpec(mode, loss=losses, eval_metrics=(
+            lambda labels, prediction: {"mean_error": (labels - prediction).abs().squeeze(1)}, [labels, prediction]))
+    loss = losses.mean()
+    host_call = params.get("host_call")
+    train_op = tpuspec.CrossShardOptimizer(optimizer).minimize(loss, accumulate_steps=params.get("accumulate", 1))
+    return TPUEstimatorSpec(mode, loss=loss, train_op=train_op,
+                            host_call=host_call and (host_call, [global_step, loss.reshape(1)]))
+
+
+def sgd(module, params):
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def make_trainer(model_dir, model_fn=regression_fn, *, batch_size=4, use_tpu=True, iterations_per_loop=2, params=None,
+                 model=lambda params: nn.Linear(1, 1), optimizer=sgd, **config):
+    config = {"seed": 3, "show_progress": False} | config
+    eval_on_tpu = config.pop("eval_on_tpu", True)
+    return tpuspec.Trainer(
+        model_fn, model=model, optimizer=optimizer, model_dir=model_dir, params=params, use_tpu=use_tpu,
+        train_batch_size=batch_size, eval_batch_size=batch_size, predict_batch_size=batch_size, eval_on_tpu=eval_on_tpu,
+        config=tpuspec.RunConfig(tpu_config=tpuspec.TPUConfig(iterations_per_loop=iterations_per_loop), **config))
+
+
+def rows_input(num_rows=16):
+    return lambda params: regression_rows(num_rows)
+
+
+def num_compiles() -> int:
+    import torch_xla.debug.metrics as xla_metrics
+
+    data = xla_metrics.metric_data("CompileTime")
+    return 0 if data is None else data[0]
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    steps: dict[str, list[int]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        steps.setdefault(entry["name"], []).append(entry["step"])
+    return steps
+
+
+def test_evaluation_of_all_digits_equals_accuracy_score_and_compiles_nothing_for_the_last_batch(tmp_path):
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).reshape(-1, 64) / 16
+    labels = torch.tensor(digits.target)
+
+    def model_fn(features, labels, mode, params, model):
+        logits = model(features)
+        if mode == ModeKeys.PREDICT:
+            return TPUEstimatorSpec(mode, predictions={"class": logits.argmax(1)})
+        return TPUEstimatorSpec(mode, loss=F.cross_entropy(logits, labels, reduction="none"), eval_metrics=(
+            lambda labels, classes: {"accuracy": labels == classes}, [labels, logits.argmax(1)]))
+
+    trainer = make_trainer(tmp_path, model_fn, batch_size=64, model=lambda params: nn.Linear(64, 10))
+    trainer.evaluate(lambda params: TensorDataset(images[:128], labels[:128]))
+    compiled = num_compiles()
+
+    result = trainer.evaluate(lambda params: TensorDataset(images, labels))
+
+    assert num_compiles() == compiled, "1797 = 28 x 64 + 5 rows must reuse the graph of full batches"
+    classes = [row["class"] for row in trainer.predict(lambda params: TensorDataset(images, labels))]
+    assert result["accuracy"] == accuracy_score(digits.target, classes)
+    assert 0 < result["accuracy"] < 1
+
+
+def test_loss_of_an_evaluation_is_the_mean_over_real_rows(tmp_path):
+    trainer = make_trainer(tmp_path)
+    result = trainer.evaluate(rows_input(11))
+    weights = {name: trainer._sessions[True].module.state_dict()[name].cpu() for name in ("weight", "bias")}
+    x, y = regression_rows(11).tensors
+    expected = F.mse_loss(x @ weights["weight"].T + weights["bias"], y)
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_host_call_error_names_host_call_and_step(use_tpu, tmp_path):
+    seen = []
+
+    def host_call(global_step, loss):
+        seen.append(int(global_step[0]))
+        if len(seen) == 7:
+            raise ZeroDivisionError("by the user")
+
+    trainer = make_trainer(tmp_path, params={"host_call": host_call}, use_tpu=use_tpu)
+    with pytest.raises(HostCallError, match=r"host_call raised ZeroDivisionError at step 7 .*by the user") as caught:
+        trainer.train(rows_input(), max_steps=20)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert seen == list(range(7)), "no call is made behind the one that raised"
+
+
+def test_host_call_error_of_the_last_step_is_not_lost(tmp_path):
+    def host_call(global_step, loss):
+        if int(global_step[0]) == 3:
+            raise ValueError("at the end")
+
+    trainer = make_trainer(tmp_path, params={"host_call": host_call})
+    with pytest.raises(HostCallError, match="step 4"):
+        trainer.train(rows_input(), max_steps=4)
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_input_error_ends_training_with_that_very_exception(use_tpu, tmp_path):
+    error, called = OSError("disk gone"), []
+
+    def input_fn(params):
+        x, y = regression_rows(4).tensors
+        for _ in range(3):
+            yield x, y
+        raise error
+
+    trainer = make_trainer(tmp_path, use_tpu=use_tpu, params={"host_call": lambda step, loss: called.append(int(step))})
+    with pytest.raises(OSError, match="disk gone") as caught:
+        trainer.train(input_fn, max_steps=10)
+    assert caught.value is error
+    assert called == [0, 1, 2], "the host calls of completed steps are made"
+
+
+def test_training_goes_on_from_the_checkpoint_in_a_new_trainer(tmp_path):
+    assert make_trainer(tmp_path).train(rows_input(), steps=5).global_step() == 5
+    later = make_trainer(tmp_path)
+    later.train(rows_input(), steps=5)
+    assert later.global_step() == 10
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-0", "checkpoint-10", "checkpoint-5"]
+    assert later.latest_checkpoint() == str(tmp_path / "checkpoint-10")
+    assert later.get_variable_names() == ["bias", "global_step", "weight"]
+    assert later.get_variable_value("global_step") == 10
+
+
+def test_resumed_optimizer_state_is_that_of_an_uninterrupted_run(tmp_path):
+    x, y = regression_rows(4).tensors
+
+    def same_batch(params):
+        return [(x, y)] * 6
+
+    whole = make_trainer(tmp_path / "whole").train(same_batch, max_steps=6)
+    make_trainer(tmp_path / "parts").train(same_batch, max_steps=3)
+    parts = make_trainer(tmp_path / "parts").train(same_batch, max_steps=6)
+    for name in ("weight", "bias"):
+        np.testing.assert_array_equal(whole.get_variable_value(name), parts.get_variable_value(name))
+
+
+def test_checkpoints_are_saved_at_start_at_their_distance_and_at_the_end(tmp_path):
+    saves = []
+
+    class Listener(tpuspec.CheckpointSaverListener):
+        def after_save(self, global_step):
+            saves.append(global_step)
+
+    make_trainer(tmp_path, save_checkpoints_steps=10).train(
+        rows_input(), max_steps=26, saving_listeners=[Listener()])
+    assert saves == [0, 10, 20, 26]
+
+
+def test_listener_that_returns_true_stops_training(tmp_path):
+    class Listener(tpuspec.CheckpointSaverListener):
+        def after_save(self, global_step):
+            return global_step == 4
+
+    trainer = make_trainer(tmp_path, save_checkpoints_steps=4)
+    trainer.train(rows_input(), max_steps=20, saving_listeners=[Listener()])
+    assert trainer.global_step() == 4
+
+
+def test_evaluation_during_training_leaves_no_trace_in_it(tmp_path):
+    def model(params):
+        return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    plain = make_trainer(tmp_path / "plain", model=model)
+    plain.train(rows_input(), max_steps=8)
+    watched = make_trainer(tmp_path / "watched", model=model, save_checkpoints_steps=2)
+    results = []
+
+    class Evaluate(tpuspec.CheckpointSaverListener):
+        def after_save(self, global_step):
+            results.append(watched.evaluate(rows_input(7))["global_step"])
+            results.append(watched.evaluate(rows_input(7), checkpoint_path=tmp_path / "watched/checkpoint-0")[
+                "global_step"])
+
+    watched.train(rows_input(), max_steps=8, saving_listeners=[Evaluate()])
+    assert results == [0, 0, 2, 0, 4, 0, 6, 0, 8, 0]
+    for name in plain.get_variable_names():
+        np.testing.assert_array_equal(plain.get_variable_value(name), {
+            "global_step": np.asarray(8)}.get(name, watched.get_variable_value(name)), err_msg=name)
+
+
+def test_a_module_passed_in_holds_the_trained_weights(tmp_path):
+    module = nn.Linear(1, 1)
+    before = module.weight.detach().clone()
+    trainer = make_trainer(tmp_path, model=module)
+    trainer.train(rows_input(), max_steps=4)
+    after = module.weight.detach().cpu()
+    assert not torch.equal(before, after)
+    np.testing.assert_array_equal(after.numpy(), trainer.get_variable_value("weight"))
+
+
+def test_plain_pytorch_and_xla_agree(tmp_path):
+    values = {}
+    for use_tpu in (True, False):
+        trainer = make_trainer(tmp_path / str(use_tpu), use_tpu=use_tpu)
+        trainer.train(rows_input(), max_steps=10)
+        result = trainer.evaluate(rows_input(11))
+        predictions = np.stack([row["y"] for row in trainer.predict(rows_input(11))])
+        values[use_tpu] = (result["loss"], result["mean_error"], predictions)
+    np.testing.assert_allclose(values[True][0], values[False][0], rtol=1e-5)
+    np.testing.assert_allclose(values[True][1], values[False][1], rtol=1e-5)
+    np.testing.assert_allclose(values[True][2], values[False][2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+def test_evaluation_on_the_cpu_of_a_model_trained_on_xla(as_module, tmp_path):
+    model = nn.Linear(1, 1) if as_module else lambda params: nn.Linear(1, 1)
+    trainer = make_trainer(tmp_path, model=model, eval_on_tpu=False, save_checkpoints_secs=None)
+    trainer.train(rows_input(), max_steps=10)
+    assert trainer.latest_checkpoint() is None
+    on_cpu = trainer.evaluate(rows_input(11))
+    assert on_cpu["global_step"] == 10, "the newest weights are those in memory"
+    predictions = np.stack([row["y"] for row in trainer.predict(rows_input(11))])
+    x, y = regression_rows(11).tensors
+    assert on_cpu["mean_error"] == pytest.approx(np.abs(predictions - y.numpy()).mean(), rel=1e-4)
+
+
+def test_predictions_keep_the_order_and_show_no_padding(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = list(trainer.predict(rows_input(10)))
+    np.testing.assert_array_equal([row["x"] for row in rows], regression_rows(10).tensors[0].numpy())
+    batches = list(trainer.predict(rows_input(10), yield_single_examples=False, predict_keys=["y", "unknown"]))
+    assert [list(batch) for batch in batches] == [["y"]] * 3
+    assert [len(batch["y"]) for batch in batches] == [4, 4, 2]
+
+
+def test_an_abandoned_prediction_releases_everything(tmp_path):
+    calls = []
+
+    def model_fn(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"y": model(features)},
+                                host_call=(lambda y: calls.append(len(y)), [model(features)]))
+
+    trainer = make_trainer(tmp_path, model_fn)
+    generator = trainer.predict(lambda params: [regression_rows(4).tensors[0]] * 100)
+    next(generator)
+    generator.close()
+    assert calls and calls[0] == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpuspec")]
+
+
+def test_training_while_a_prediction_is_open_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    generator = trainer.predict(rows_input())
+    next(generator)
+    with pytest.raises(ConfigError, match="predict\\(\\) generator is open.*close"):
+        trainer.train(rows_input(), max_steps=2)
+    generator.close()
+    trainer.train(rows_input(), max_steps=2)
+
+
+def test_input_that_ends_early_saves_and_ends_cleanly(tmp_path):
+    trainer = make_trainer(tmp_path)
+    x, y = regression_rows(4).tensors
+    trainer.train(lambda params: [(x, y)] * 5, max_steps=100)
+    assert trainer.global_step() == 5
+    assert trainer.latest_checkpoint() == str(tmp_path / "checkpoint-5")
+
+
+def test_accumulated_gradients_equal_one_larger_batch(tmp_path):
+    steps = []
+    x, y = regression_rows(8).tensors
+    halves = [(x[:4], y[:4]), (x[4:], y[4:])] * 3
+    accumulated = make_trainer(tmp_path / "a", params={
+        "accumulate": 2, "host_call": lambda step, loss: steps.append((step.tolist(), len(loss)))})
+    accumulated.train(lambda params: halves, max_steps=3)
+    whole = make_trainer(tmp_path / "b", batch_size=8)
+    whole.train(lambda params: [(x, y)] * 3, max_steps=3)
+
+    assert accumulated.global_step() == whole.global_step() == 3
+    assert steps == [([0, 0], 2), ([1, 1], 2), ([2, 2], 2)], "one call per update, with the rows of both batches"
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(accumulated.get_variable_value(name), whole.get_variable_value(name), atol=1e-6)
+
+
+def test_a_callable_drives_several_optimizers(tmp_path):
+    def optimizers(module, params):
+        return {"a": torch.optim.SGD(module[0].parameters(), lr=0.1), "b": torch.optim.Adam(module[1].parameters())}
+
+    def model_fn(features, labels, mode, params, model, optimizer):
+        loss = F.mse_loss(model(features), labels)
+
+        def train_op():
+            loss.backward()
+            for one in optimizer.values():
+                tpuspec.CrossShardOptimizer(one).step()
+                one.zero_grad()
+
+        return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+    trainer = make_trainer(tmp_path, model_fn, model=lambda p: nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)),
+                           optimizer=optimizers)
+    trainer.train(rows_input(), max_steps=2)
+    first = {name: trainer.get_variable_value(name) for name in trainer.get_variable_names()}
+    resumed = make_trainer(tmp_path, model_fn, model=lambda p: nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)),
+                           optimizer=optimizers)
+    resumed.train(rows_input(), max_steps=4)
+    for name in ("0.weight", "1.weight"):
+        assert not np.array_equal(first[name], resumed.get_variable_value(name))
+
+
+def test_scaffold_is_made_once_and_its_parts_are_used(tmp_path):
+    made = []
+
+    def scaffold_fn():
+        made.append("made")
+        return tpuspec.Scaffold(init_fn=lambda module: nn.init.constant_(module.weight, 42.0),
+                                ready_fn=lambda module: made.append("ready"))
+
+    def model_fn(features, labels, mode, params, model, optimizer):
+        spec = regression_fn(features, labels, mode, params, model, optimizer, torch.zeros(1))
+        if mode == ModeKeys.TRAIN:
+            spec = spec.replace(train_op=lambda: None)
+        return spec.replace(scaffold_fn=scaffold_fn)
+
+    for use_tpu in (True, False):
+        made.clear()
+        trainer = make_trainer(tmp_path / str(use_tpu), model_fn, use_tpu=use_tpu)
+        trainer.train(rows_input(), max_steps=4)
+        assert trainer.get_variable_value("weight") == 42.0
+        trainer.evaluate(rows_input())
+        list(trainer.predict(rows_input()))
+        assert made == ["made", "ready"] * 3
+
+
+def test_hooks_fire_at_loop_boundaries_and_can_stop(tmp_path):
+    events = []
+
+    class Hook(tpuspec.SessionRunHook):
+        def begin(self, context):
+            events.append("begin")
+
+        def before_run(self, context):
+            events.append(("before", context.step))
+
+        def after_run(self, context):
+            events.append(("after", context.step))
+            if context.step == 8:
+                context.request_stop()
+
+        def end(self, context):
+            events.append("end")
+
+    trainer = make_trainer(tmp_path, iterations_per_loop=4)
+    trainer.train(rows_input(), hooks=[Hook()], max_steps=100)
+    assert events == ["begin", ("before", 0), ("after", 4), ("before", 4), ("after", 8), "end"]
+    assert trainer.global_step() == 8
+
+
+def test_loops_can_fill_a_time(tmp_path):
+    boundaries = []
+
+    class Hook(tpuspec.SessionRunHook):
+        def after_run(self, context):
+            boundaries.append(context.step)
+
+    make_trainer(tmp_path, iterations_per_loop="1s").train(rows_input(), hooks=[Hook()], max_steps=30)
+    assert boundaries[0] == 1, "nothing is known of a step's time before the first"
+    assert boundaries[-1] == 30
+
+
+def test_summaries_of_training_and_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, save_summary_steps=5, log_step_count_steps=10)
+    trainer.train(rows_input(), max_steps=22)
+    trainer.evaluate(rows_input(), name="held out")
+    assert scalars(tmp_path) == {"loss": [5, 10, 15, 20, 22], "global_step/sec": [10, 20], "examples/sec": [10, 20]}
+    assert scalars(tmp_path / "eval_held out") == {"mean_error": [22], "loss": [22], "checkpoint_path": [22]}
+
+
+def test_summary_functions_work_inside_host_call(tmp_path):
+    def host_call(global_step, loss):
+        tpuspec.summary.scalar("mine", loss[0])
+        tpuspec.summary.text("note", "hello", step=int(global_step[0]))
+
+    for use_tpu in (True, False):
+        trainer = make_trainer(tmp_path / str(use_tpu), params={"host_call": host_call}, use_tpu=use_tpu)
+        trainer.train(rows_input(), max_steps=3)
+        written = scalars(tmp_path / str(use_tpu))
+        assert written["mine"] == [1, 2, 3]
+        assert written["note"] == [0, 1, 2]
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    def model_fn(features, mode, params, model, optimizer):
+        loss = model(features).square().mean()
+        return TPUEstimatorSpec(mode, loss=loss, train_op=optimizer)
+
+    trainer = make_trainer(tmp_path, model_fn, model=lambda params: Tied())
+    trainer.train(lambda params: [torch.ones(4, 3)] * 6, max_steps=6)
+    module = trainer._sessions[True].module
+    assert module.a.weight is module.b.weight
+    np.testing.assert_array_equal(trainer.get_variable_value("a.weight"), trainer.get_variable_value("b.weight"))
+
+
+def test_another_model_than_the_checkpoints_is_refused(tmp_path):
+    make_trainer(tmp_path).train(rows_input(), max_steps=2)
+    other = make_trainer(tmp_path, model=lambda params: nn.Linear(1, 1, bias=False))
+    with pytest.raises(CheckpointError, match=r"Restoring from checkpoint failed.*mismatch(?s:.*)bias"):
+        other.train(rows_input(), max_steps=4)
+
+
+def test_optimizer_made_in_model_fn_is_refused(tmp_path):
+    def model_fn(features, labels, mode, params, model):
+        loss = F.mse_loss(model(features), labels)
+        return TPUEstimatorSpec(mode, loss=loss, train_op=torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with pytest.raises(tpuspec.errors.SpecError, match="not one that the Trainer made.*optimizer=function"):
+        make_trainer(tmp_path, model_fn).train(rows_input(), max_steps=2)
+
+
+def test_a_trainer_without_progress_prints_nothing(tmp_path, capsys):
+    trainer = make_trainer(tmp_path)
+    trainer.train(rows_input(), max_steps=2)
+    trainer.evaluate(rows_input())
+    assert capsys.readouterr().out == ""
+
+
+def test_banner_progress_and_table_are_plain_lines_without_a_terminal(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, show_progress=True, log_step_count_steps=2)
+    trainer.train(rows_input(), max_steps=4)
+    trainer.evaluate(rows_input())
+    trainer.train(rows_input(), max_steps=4)
+    out = capsys.readouterr().out
+    assert out.count("devices") == 1 and "1 x CPU" in out
+    assert "step 2/4" in out and "step 4/4" in out and "traced" in out
+    assert "mean_error" in out and "training is complete: global step 4 of 4" in out
+    assert "\x1b" not in out
