@@ -45,14 +45,18 @@ class LoopLength:
     unit: str
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def parse_iterations_per_loop(value: int | str) -> LoopLength:
     """Parses 100, '100', '30s', '10m' or '2h'.
 
     Raises:
       ConfigError: anything else; zero and leading zeros included.
     """
-    match = re.fullmatch(r"([1-9][0-9]*)([smh]?)", str(value)) if isinstance(value, int | str) else None
-    if match is None or isinstance(value, bool):
+    match = re.fullmatch(r"([1-9][0-9]*)([smh]?)", str(value)) if _is_int(value) or isinstance(value, str) else None
+    if match is None:
         raise ConfigError(
             "TPUConfig.iterations_per_loop: Value must be positive integer value or time-based value, a number "
             f"followed by s, m or h, such as '300s'; got {value!r}.")
@@ -84,13 +88,15 @@ class TPUConfig:
     num_shards: int | None = None
     num_cores_per_replica: int | None = None
     per_host_input_for_training: Any = True
-    eval_training_input_configuration: InputPipelineConfig = InputPipelineConfig.PER_HOST_V1
+    eval_training_input_configuration: Any = InputPipelineConfig.PER_HOST_V1
     input_partition_dims: Any = None
     initial_infeed_sleep_secs: int | None = None
     host_call_every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         self.per_host_input_for_training = _input_pipeline(self.per_host_input_for_training)
+        if self.eval_training_input_configuration in InputPipelineConfig.__members__:
+            self.eval_training_input_configuration = InputPipelineConfig[self.eval_training_input_configuration]
         validate_tpu_config(self)
 
     @property
@@ -111,10 +117,6 @@ def _input_pipeline(value: object) -> InputPipelineConfig:
         f"got {value!r}.")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def validate_tpu_config(config: TPUConfig) -> None:
     """Checks a TPUConfig, in TPUEstimator's order.
 
@@ -127,7 +129,7 @@ def validate_tpu_config(config: TPUConfig) -> None:
                           f"{config.num_shards!r}.")
     _validate_partition_dims(config)
     cores = config.num_cores_per_replica
-    if cores is not None and cores not in _CORES_PER_REPLICA:
+    if cores is not None and not (_is_int(cores) and cores in _CORES_PER_REPLICA):
         raise ConfigError(
             f"num_cores_per_replica must be 1, 2, 4, 8, 16, 32, 64 or 128; got {cores}.")
     if config.eval_training_input_configuration not in (InputPipelineConfig.PER_HOST_V1, InputPipelineConfig.SLICED):
@@ -173,7 +175,7 @@ class RunConfig:
       keep_checkpoint_every_n_hours: keeps, besides, one checkpoint for every n hours of training.
       log_step_count_steps: steps between progress lines and throughput summaries; None for none.
       tpu_config: a TPUConfig.
-      capture: auto, require or off.
+      capture: a CaptureMode, or its name.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
@@ -187,13 +189,13 @@ class RunConfig:
     model_dir: str | None = None
     seed: int | None = None
     save_summary_steps: int | None = 100
-    save_checkpoints_steps: int | None = None
-    save_checkpoints_secs: Union[int, float, str, None] = _UNSET  # noqa: UP007 - OmegaConf reads typing.Union
+    save_checkpoints_steps: Union[int, str, None] = _UNSET  # noqa: UP007 - OmegaConf reads typing.Union
+    save_checkpoints_secs: Union[int, float, str, None] = _UNSET  # noqa: UP007
     keep_checkpoint_max: int | None = 5
     keep_checkpoint_every_n_hours: float | None = 10000
     log_step_count_steps: int | None = 100
     tpu_config: TPUConfig = field(default_factory=TPUConfig)
-    capture: CaptureMode = CaptureMode.auto
+    capture: Any = CaptureMode.auto
     host_queue_size: int = 8
     show_progress: bool = True
     task_type: str = "worker"
@@ -201,10 +203,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.save_checkpoints_secs == _UNSET:
             self.save_checkpoints_secs = (
-                DEFAULT_SAVE_CHECKPOINTS_SECS if self.save_checkpoints_steps is None else None)
-        self.model_dir = os.fspath(self.model_dir) if self.model_dir is not None else None
-        if isinstance(self.capture, str):
-            self.capture = _capture_mode(self.capture)
+                DEFAULT_SAVE_CHECKPOINTS_SECS if self.save_checkpoints_steps == _UNSET else None)
+        if self.save_checkpoints_steps == _UNSET:
+            self.save_checkpoints_steps = None
+        if self.model_dir is not None:
+            self.model_dir = _path(self.model_dir)
+        self.capture = _capture_mode(self.capture)
         validate(self)
 
     @property
@@ -236,15 +240,22 @@ class RunConfig:
         return type(self)(**(values | changes))
 
 
-def _capture_mode(value: str) -> CaptureMode:
+def _path(value: object) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"model_dir must be a path; got {value!r}.")
+    return os.fspath(value)
+
+
+def _capture_mode(value: object) -> CaptureMode:
+    if value is False:  # YAML reads a bare `off` so
+        return CaptureMode.off
     try:
         return CaptureMode(value)
     except ValueError:
         raise ConfigError(f"capture must be auto, require or off; got {value!r}.") from None
 
 
-_NOT_NEGATIVE = ("save_summary_steps", "save_checkpoints_steps", "save_checkpoints_secs", "keep_checkpoint_max",
-                 "log_step_count_steps")
+_COUNTS = ("save_summary_steps", "save_checkpoints_steps", "keep_checkpoint_max", "log_step_count_steps")
 
 
 def validate(config: RunConfig) -> None:
@@ -259,10 +270,13 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             "save_checkpoints_steps and save_checkpoints_secs cannot be both set; got "
             f"{config.save_checkpoints_steps} and {config.save_checkpoints_secs}.")
-    for name in _NOT_NEGATIVE:
+    for name in _COUNTS:
         value = getattr(config, name)
-        if value is not None and not (_is_number(value) and value >= 0):
-            raise ConfigError(f"{name} should be >= 0, or None; got {value!r}.")
+        if value is not None and not (_is_int(value) and value >= 0):
+            raise ConfigError(f"{name} should be >= 0, an int, or None; got {value!r}.")
+    seconds = config.save_checkpoints_secs
+    if seconds is not None and not (_is_number(seconds) and seconds >= 0):  # type: ignore[operator]
+        raise ConfigError(f"save_checkpoints_secs should be >= 0, or None; got {seconds!r}.")
     hours = config.keep_checkpoint_every_n_hours
     if hours is not None and not (_is_number(hours) and hours > 0):
         raise ConfigError(f"keep_checkpoint_every_n_hours should be > 0, or None; got {hours!r}.")
@@ -272,8 +286,6 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
     if not isinstance(config.tpu_config, TPUConfig):
         raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
-    if not isinstance(config.capture, CaptureMode):
-        raise ConfigError(f"capture must be auto, require or off; got {config.capture!r}.")
     if not isinstance(config.show_progress, bool):
         raise ConfigError(f"show_progress must be True or False; got {config.show_progress!r}.")
     read_cluster(config.task_type)
@@ -313,7 +325,7 @@ def read_cluster(task_type: str) -> Cluster:
     if rank is None or world is None:
         raise ConfigError("The environment variables RANK and WORLD_SIZE must be set both or neither; got "
                           f"RANK={rank!r}, WORLD_SIZE={world!r}. Start with torchrun, which sets them.")
-    if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
+    if not rank.isdecimal() or not world.isdecimal() or not int(rank) < int(world):
         raise ConfigError(f"The environment variable RANK must be a number in 0 .. WORLD_SIZE - 1; got RANK={rank!r}, "
                           f"WORLD_SIZE={world!r}.")
     return Cluster(task_type=task_type, task_index=int(rank), num_workers=int(world))

@@ -75,13 +75,11 @@ def test_a_host_call_named_tuple_is_as_good_as_a_pair():
     assert call_host_function("host_call", *host_call).item() == 3.0
 
 
-def test_a_mismatch_is_found_without_calling_the_function(caplog):
+def test_a_mismatch_is_found_without_calling_the_function():
     recorder = Recorder()
-    with caplog.at_level(logging.WARNING), pytest.raises(TypeError, match="'stp'"):
+    with pytest.raises(TypeError, match=r"host_call, \['loss', 'step', 'stp'\], do not match.*'stp'"):
         check_keywords("host_call", recorder, {"loss": torch.zeros(1), "step": torch.zeros(1), "stp": torch.zeros(1)})
     assert recorder.seen == []
-    assert "host_call" in caplog.text
-    assert "['loss', 'step', 'stp']" in caplog.text
 
 
 def test_a_fitting_call_logs_nothing(caplog):

@@ -130,11 +130,11 @@ def _combinations(parsed: list[Override], multirun: bool) -> Iterator[tuple[list
     for override in parsed:
         if not multirun or not override.is_sweep_override():
             axes.append([(override.input_line or "", False)])
-        elif override.is_discrete_sweep():
+        elif override.is_choice_sweep() or override.is_range_sweep():
             key = override.get_key_element()
             axes.append([(f"{key}={value}", True) for value in override.sweep_string_iterator()])
         else:
-            raise ConfigError(f"{override.input_line}: only lists, range() and glob() can be swept.")
+            raise ConfigError(f"{override.input_line}: only lists and range() can be swept.")
     for combination in itertools.product(*axes):
         yield [text for text, _ in combination], [text for text, is_swept in combination if is_swept]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tpuspec.errors import SpecError, SpecTypeError
-from tpuspec.spec.export_output import ExportOutput, check_export_outputs
+from tpuspec.spec.export_output import ExportOutput, check_export_outputs, is_default_export
 from tpuspec.spec.hooks import HookContext, SessionRunHook
 from tpuspec.spec.host_call import HostCall, call_host_function, check_host_call
 from tpuspec.spec.mode import ModeKeys
@@ -116,10 +116,13 @@ class _Replaceable:
         Raises:
           SpecError: the mode would change, or a check of the constructor fails.
         """
-        mode = getattr(self, "mode")  # noqa: B009 - declared by the dataclasses below
-        if changes.get("mode", mode) != mode:
-            raise SpecError(f"mode of {type(self).__name__} cannot be changed; it is {mode!r}.")
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        spec: Any = self
+        if changes.get("mode", spec.mode) != spec.mode:
+            raise SpecError(f"mode of {type(self).__name__} cannot be changed; it is {spec.mode!r}.")
+        if "predictions" in changes and "export_outputs" not in changes and is_default_export(
+                spec.export_outputs, spec.predictions):
+            changes["export_outputs"] = None
+        return dataclasses.replace(spec, **changes)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,8 @@ class TPUEstimatorSpec(_Replaceable):
         eval_metric_ops = None
         if self.eval_metrics is not None:
             eval_metric_ops = call_host_function("eval_metrics", *self.eval_metrics)
+            if eval_metric_ops is None:
+                raise SpecTypeError("what metric_fn returns must be a dict; got NoneType. Does it lack a return?")
         hooks = () if self.host_call is None else (HostCallHook(HostCall(*self.host_call)),)
         return EstimatorSpec(
             mode=self.mode, predictions=self.predictions, loss=self.loss, train_op=self.train_op,

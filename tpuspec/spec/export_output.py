@@ -98,6 +98,8 @@ def check_export_outputs(
             raise SpecTypeError(
                 f"Values in export_outputs must be ExportOutput objects; got {type(value).__name__}. "
                 "Wrap the tensors: PredictOutput(tensors).")
+    if not export_outputs:
+        raise SpecError("export_outputs is empty; leave it None to serve the predictions.")
     outputs = dict(export_outputs)
     if len(outputs) == 1 and DEFAULT_SIGNATURE not in outputs:
         outputs[DEFAULT_SIGNATURE] = next(iter(outputs.values()))
@@ -106,3 +108,13 @@ def check_export_outputs(
             f"Multiple export_outputs were provided ({sorted(outputs)}), but none of them is the default. "
             f"Name one of them {DEFAULT_SIGNATURE!r}.")
     return outputs
+
+
+def is_default_export(export_outputs: Mapping[str, ExportOutput] | None, predictions: object) -> bool:
+    """Whether the outputs are those that check_export_outputs makes of the predictions alone."""
+    output = (export_outputs or {}).get(DEFAULT_SIGNATURE)
+    if not isinstance(output, PredictOutput) or len(export_outputs or {}) != 1:
+        return False
+    own = {"output": predictions} if isinstance(predictions, Tensor) else predictions
+    return isinstance(own, Mapping) and own.keys() == output.outputs.keys() and all(
+        own[name] is tensor for name, tensor in output.outputs.items())

@@ -104,7 +104,7 @@ def check_model_fn(model_fn: Callable[..., Any], *, params_given: bool) -> None:
     if params_given and "params" not in names:
         raise ConfigError(
             f"model_fn ({describe(model_fn)}) does not include params argument, but params are passed to the Trainer.")
-    unexpected = [name for name in names if name not in MODEL_FN_ARGUMENTS and name not in _with_defaults(model_fn)]
+    unexpected = [name for name in names if name not in MODEL_FN_ARGUMENTS]
     if unexpected:
         near = difflib.get_close_matches(unexpected[0], MODEL_FN_ARGUMENTS, n=1)
         raise ConfigError(

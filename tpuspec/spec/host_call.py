@@ -107,7 +107,7 @@ def check_keywords(name: str, fn: Callable[..., Any], tensors: HostTensors) -> N
     """Checks that `fn` can be called with the dict of `tensors`, without calling it.
 
     Raises:
-      TypeError: Python's own, as the call would raise it.
+      SpecTypeError: the keys are not its parameters.
     """
     if not isinstance(tensors, Mapping):
         return
@@ -117,24 +117,23 @@ def check_keywords(name: str, fn: Callable[..., Any], tensors: HostTensors) -> N
         return
     try:
         signature.bind(**tensors)
-    except TypeError:
-        _warn_of_mismatch(name, tensors)
-        raise
+    except TypeError as error:
+        raise SpecTypeError(f"the tensors of {name}, {sorted(tensors)}, do not match the parameters of its function: "
+                            f"{error}.") from error
 
 
 def call_host_function(name: str, fn: Callable[..., Any], tensors: HostTensors) -> Any:
     """Calls `fn` with tensors by position (list) or by keyword (dict), and returns what it returns.
 
     Raises:
-      TypeError: the keys of a dict are not the function's parameters; Python's own error, after a warning that
-        names the call.
+      TypeError: the function's own, unchanged, after a warning that names the call: the keys of a dict may not be the
+        function's parameters.
     """
     if not isinstance(tensors, Mapping):
         return fn(*tensors)
-    check_keywords(name, fn, tensors)
-    return fn(**tensors)
-
-
-def _warn_of_mismatch(name: str, tensors: Mapping[str, Any]) -> None:
-    logger.warning("Exception while calling %s: the function's parameters do not match the tensors %s.",
-                   name, sorted(tensors))
+    try:
+        return fn(**tensors)
+    except TypeError as error:
+        logger.warning("Exception while calling %s: %s. It is likely that the tensors %s do not match the function's "
+                       "parameters.", name, error, sorted(tensors))
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ def check_no_captured_tensor(scaffold_fn: Callable[[], Scaffold]) -> None:
     Raises:
       SpecError: names the captured variable.
     """
+    while isinstance(scaffold_fn, functools.partial):
+        scaffold_fn = scaffold_fn.func
     code, closure = getattr(scaffold_fn, "__code__", None), getattr(scaffold_fn, "__closure__", None)
     for name, cell in zip(code.co_freevars, closure, strict=True) if code and closure else ():
         try:

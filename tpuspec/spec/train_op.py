@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -117,8 +118,9 @@ class TrainOp:
     accumulate_steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise ConfigError(f"clip_grad_norm must be positive or None; got {self.clip_grad_norm!r}.")
+        norm = self.clip_grad_norm
+        if norm is not None and (not isinstance(norm, numbers.Real) or isinstance(norm, bool) or not norm > 0):
+            raise ConfigError(f"clip_grad_norm must be a positive number or None; got {norm!r}.")
         steps = self.accumulate_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"accumulate_steps must be a positive int; got {steps!r}.")

@@ -1,4 +1,4 @@
-"""What tests of model_fns need: a backend without devices, a tiny model, a writer that remembers, a clock set by hand."""
+"""What tests of model_fns need: a backend without devices, a tiny model, a writer in memory, a clock set by hand."""
 
 from tpuspec.testing.backend import FakeBackend
 from tpuspec.testing.clock import ManualClock
