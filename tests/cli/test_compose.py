@@ -67,7 +67,7 @@ def test_unknown_key_is_named_with_the_nearest_one(command, capsys, folder, argu
     ("config=digits", "config= is given twice"),
     ("model_dir=gs://bucket/run", "model_dir must be a folder of this machine; got 'gs://bucket/run'"),
     ("model_dir=", "model_dir must be a folder of this machine; got ''"),
-    ("params.width=${oc.env:TPUSPEC_NO_SUCH}", "params.width: Environment variable 'TPUSPEC_NO_SUCH' not found"),
+    ("params.width=${oc.env:TPUSPEC_NO_SUCH}", "Environment variable 'TPUSPEC_NO_SUCH' not found"),
     ("allow=3", "allow takes a list of packages"),
     ("allow=[.]", "allow takes names of packages"),
     ("model_fn=null", "model_fn: field 'model_fn' is not Optional"),
@@ -157,8 +157,8 @@ def test_users_config_extends_a_packaged_one(command, calls, user_config):
 
 
 def test_hydra_interpolations_name_the_model_dir(command, calls):
-    assert command("config=digits", "model_dir=runs/${hydra:runtime.choices.config}-${mode}") == 0
-    assert calls.made[0]["model_dir"] == "runs/digits-train_and_evaluate"
+    assert command("config=digits", "model_dir=runs/${hydra:runtime.choices.config}-${params.width}") == 0
+    assert calls.made[0]["model_dir"] == "runs/digits-16"
 
 
 def test_sweep_gives_each_job_a_folder_below_the_sweeps(command, calls):

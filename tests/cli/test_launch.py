@@ -8,7 +8,7 @@ from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, Device
 def test_done_is_0_and_the_last_lines_name_the_score_and_the_tensorboard_folder(command, calls, capsys):
     assert command("config=digits", "run.max_steps=20", "model_dir=out") == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-2:] == ["evaluation at step 20: accuracy 0.75, recall [0.5, 1], loss 0.25",
+    assert out[-2:] == ["evaluation at step 20: accuracy 0.75, loss 0.25",
                         "TensorBoard: tensorboard --logdir out"]
     assert [name for name, _ in calls.done] == ["train", "evaluate"]
 
@@ -84,7 +84,7 @@ def test_sweep_runs_on_after_a_failure_which_decides_the_exit_code(command, call
     assert command("-m", "config=digits", "params.width=2,4", "model_dir=out") == 3
     out = capsys.readouterr().out
     assert out.splitlines()[-2:] == ["0_params.width=2  failed with exit code 3",
-                                     "1_params.width=4  accuracy 0.75, recall [0.5, 1], loss 0.25"]
+                                     "1_params.width=4  accuracy 0.75, loss 0.25"]
 
 
 def test_interrupt_ends_a_sweep(command, calls):

@@ -55,10 +55,10 @@ def test_train_01_steps_are_counted_from_the_checkpoint_by_a_new_trainer_too(tmp
 def test_train_01_the_updates_are_those_of_the_steps_and_no_more(tmp_path):
     trainer = make_trainer(tmp_path, model=torch.nn.Linear(1, 1, bias=False))
     trainer.train(input_fn, steps=1)
-    weight = float(trainer.get_variable_value("weight"))
+    weight = trainer.get_variable_value("weight").item()
     trainer.train(input_fn, steps=2)
     # loss w² at features of ones, labels of zeros: each update at rate 0.1 multiplies w by 0.8
-    assert float(trainer.get_variable_value("weight")) == pytest.approx(weight * 0.8**2)
+    assert trainer.get_variable_value("weight").item() == pytest.approx(weight * 0.8**2)
 
 
 @pytest.mark.parametrize(("loop", "max_steps", "start", "expected"), [

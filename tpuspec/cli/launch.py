@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
+import tpuspec
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
-from tpuspec.cli.record import package_version
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.summary.readable import format_value
 
@@ -35,7 +37,7 @@ def launch(argv: Sequence[str], run_job: RunJob, now: datetime) -> int:
             print(format_help(find_choices(arguments.config_dir)))
             return DONE
         if arguments.show_version:
-            print(f"tpuspec {package_version('tpuspec') or '(not installed)'}")
+            print(f"tpuspec {tpuspec.__version__}")
             return DONE
         jobs = compose_jobs(arguments.overrides, config_dir=arguments.config_dir, multirun=arguments.multirun, now=now)
     except Exception as error:
@@ -87,5 +89,6 @@ def _run_sweep(jobs: list[Job], run_job: RunJob) -> int:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Returns the metrics as `name value` pairs in one line."""
-    return ", ".join(f"{name} {format_value(value)}" for name, value in metrics.items() if name != "global_step")
+    """Returns the metrics of one number each as `name value` pairs in one line."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in metrics.items()
+                     if name != "global_step" and np.size(value) == 1)

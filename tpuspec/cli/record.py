@@ -14,11 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import tpuspec
 from tpuspec.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
-_PACKAGES = ("tpuspec", "torch", "torch_xla", "torchmetrics", "numpy", "hydra-core")
+_PACKAGES = ("torch", "torch_xla", "torchmetrics", "numpy", "hydra-core")
 
 
 def write_record(model_dir: Path, resolved: str, environment: Mapping[str, Any]) -> None:
@@ -48,14 +49,13 @@ def describe_environment(command: Sequence[str], started: datetime) -> dict[str,
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "PJRT_DEVICE": os.environ.get("PJRT_DEVICE"),
-        "packages": {name: package_version(name) for name in _PACKAGES},
+        "packages": {"tpuspec": tpuspec.__version__, **{name: _version(name) for name in _PACKAGES}},
         "executable": sys.executable,
         "working_directory": os.getcwd(),
     }
 
 
-def package_version(package: str) -> str | None:
-    """Returns the version of an installed package, or None where it is not installed."""
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,187 @@
+import logging
+import threading
+
+import pytest
+
+from tpuspec.errors import HostCallError, SpecTypeError
+from tpuspec.host.executor import HostExecutor, host_call_error
+
+WAIT = 10.0  # seconds, for what must happen at once
+MOMENT = 0.1  # seconds, for what must not happen
+
+
+def worker_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tpuspec-host")]
+
+
+def test_jobs_run_in_the_order_of_their_submission_on_one_other_thread():
+    done: list[tuple[int, int]] = []
+    with HostExecutor(queue_size=2) as executor:
+        for step in range(50):
+            executor.submit(step, lambda step=step: done.append((step, threading.get_ident())))
+    assert [step for step, _ in done] == list(range(50))
+    assert len({thread for _, thread in done}) == 1
+    assert done[0][1] != threading.get_ident()
+
+
+def test_close_waits_for_the_queued_jobs():
+    done: list[int] = []
+    gate = threading.Event()
+    executor = HostExecutor()
+    executor.submit(1, lambda: gate.wait(WAIT))
+    executor.submit(2, lambda: done.append(2))
+    threading.Timer(MOMENT, gate.set).start()
+    executor.close()
+    assert done == [2]
+
+
+def test_a_full_queue_makes_submit_wait_until_a_job_is_taken():
+    executor = HostExecutor(queue_size=1)
+    started, gate, submitted = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        started.set()
+        assert gate.wait(WAIT)
+
+    executor.submit(1, first)
+    assert started.wait(WAIT)
+    executor.submit(2, lambda: None)  # fills the queue
+
+    def third() -> None:
+        executor.submit(3, lambda: None)
+        submitted.set()
+
+    submitter = threading.Thread(target=third)
+    submitter.start()
+    assert not submitted.wait(MOMENT)
+    gate.set()
+    assert submitted.wait(WAIT)
+    submitter.join()
+    executor.close()
+
+
+def failed_executor(error: BaseException, step: int = 7, behind: list[int] | None = None) -> HostExecutor:
+    """Returns an executor whose job of `step` has raised, with a job queued behind it."""
+    executor, gate, passed = HostExecutor(), threading.Event(), threading.Event()
+
+    def fail() -> None:
+        assert gate.wait(WAIT)
+        threading.Timer(0, passed.set).start()
+        raise error
+
+    executor.submit(step, fail)
+    if behind is not None:
+        executor.submit(step + 1, lambda: behind.append(step + 1))
+    gate.set()
+    assert passed.wait(WAIT)
+    deadline = threading.Event()
+    while executor._error is None:  # the worker is between the raise and its note of it
+        assert not deadline.wait(0.001)
+    return executor
+
+
+def test_an_error_is_raised_by_the_next_submit_and_names_the_step():
+    executor = failed_executor(ZeroDivisionError("my fault"))
+    with pytest.raises(HostCallError, match="host work of step 7 raised ZeroDivisionError: my fault") as caught:
+        executor.submit(8, lambda: None)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    executor.close()
+
+
+def test_an_error_of_the_last_job_is_raised_by_close():
+    executor = HostExecutor()
+    executor.submit(7, lambda: 1 / 0)
+    with pytest.raises(HostCallError, match="step 7"):
+        executor.close()
+    assert worker_threads() == []
+
+
+def test_an_error_of_the_last_job_is_raised_at_the_end_of_the_with_block():
+    with pytest.raises(HostCallError, match="step 7"), HostExecutor() as executor:
+        executor.submit(7, lambda: 1 / 0)
+
+
+def test_jobs_behind_an_error_are_dropped():
+    behind: list[int] = []
+    executor = failed_executor(ValueError("x"), behind=behind)
+    with pytest.raises(HostCallError, match="step 7"):
+        executor.close()
+    assert behind == []
+
+
+def test_the_first_of_two_errors_is_the_one_that_is_raised():
+    executor, gate = HostExecutor(), threading.Event()
+
+    def fail(message: str) -> None:
+        assert gate.wait(WAIT)
+        raise ValueError(message)
+
+    executor.submit(1, lambda: fail("first"))
+    executor.submit(2, lambda: fail("second"))
+    gate.set()
+    with pytest.raises(HostCallError, match="step 1 raised ValueError: first"):
+        executor.close()
+
+
+def test_an_error_is_raised_once():
+    executor = failed_executor(ValueError("x"))
+    with pytest.raises(HostCallError, match="step 7"):
+        executor.submit(8, lambda: None)
+    executor.close()
+    executor.close()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("stop"), SpecTypeError("a rule"),
+                                   HostCallError("named already")])
+def test_an_error_that_ends_the_process_or_is_tpuspecs_own_is_raised_as_it_is(error):
+    executor = HostExecutor()
+
+    def fail() -> None:
+        raise error
+
+    executor.submit(1, fail)
+    with pytest.raises(type(error), match=str(error)) as caught:
+        executor.close()
+    assert caught.value is error
+
+
+def test_an_error_on_its_way_out_of_the_block_wins_and_the_workers_is_logged(caplog):
+    with (caplog.at_level(logging.WARNING, "tpuspec"), pytest.raises(KeyError, match="first"),
+          HostExecutor() as executor):
+        executor.submit(7, lambda: 1 / 0)
+        raise KeyError("first")
+    assert "while KeyError was on its way, host work failed too" in caplog.text
+    assert "step 7" in caplog.text
+    assert worker_threads() == []
+
+
+def test_the_workers_own_error_on_its_way_out_of_the_block_is_not_logged_again(caplog):
+    with pytest.raises(HostCallError, match="step 7"), HostExecutor(queue_size=1) as executor:
+        executor.submit(7, lambda: 1 / 0)
+        for step in range(8, 10_000):
+            executor.submit(step, lambda: None)
+    assert caplog.text == ""
+
+
+def test_no_thread_is_started_without_a_job_and_none_is_left():
+    with HostExecutor() as executor:
+        assert worker_threads() == []
+        executor.submit(1, lambda: None)
+        assert worker_threads() == ["tpuspec-host"]
+    assert worker_threads() == []
+
+
+def test_an_executor_can_be_used_again_after_close():
+    executor, done = HostExecutor(), []
+    executor.submit(1, lambda: 1 / 0)
+    with pytest.raises(HostCallError, match="step 1"):
+        executor.close()
+    executor.submit(2, lambda: done.append(2))
+    executor.close()
+    assert done == [2]
+
+
+def test_the_error_of_a_host_function_says_which_and_when():
+    assert str(host_call_error("metric_fn", 3, ValueError("x"))) == "metric_fn raised ValueError at step 3: x"
+    assert str(host_call_error("host_call", 3, ValueError("x"), global_step=2)) == (
+        "host_call raised ValueError at step 3 (global_step 2 before its update): x")
