@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (that of this process where None is given) and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     started = datetime.now().astimezone()
-    return launch(argv, lambda job: run(job, describe_environment(argv, started)), started)
+    environment = describe_environment(argv, started)
+    return launch(argv, lambda job: run(job, environment), started)
 
 
 def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:

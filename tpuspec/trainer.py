@@ -92,6 +92,7 @@ class Trainer:
         self._store = CheckpointStore(self.model_dir)
         self._progress = Progress(enabled=self._config.show_progress)
         self._predicting = 0
+        self._is_training = False
 
     @property
     def model_dir(self) -> str:
@@ -211,6 +212,7 @@ class Trainer:
                 host_call_every=config.tpu_config.host_call_every_n_steps, summary_every=config.save_summary_steps,
                 log_every=config.log_step_count_steps)
             progress.start("train", last_step)
+            self._is_training = True
             try:
                 with HostExecutor(config.host_queue_size) as executor:
                     input_ended = TrainLoop(
@@ -220,6 +222,7 @@ class Trainer:
                         hooks=HookRunner(hooks, HookContext(mode=ModeKeys.TRAIN, model=session.module), writer=writer),
                     ).run()
             finally:
+                self._is_training = False
                 progress.stop()
                 work.finish()
         if input_ended and last_step is not None:
@@ -261,7 +264,9 @@ class Trainer:
             prepared = preparation.run(input_fn)
             evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             writer = stack.enter_context(contextlib.closing(create_file_writer(folder)))
-            metrics, progress = MetricState(), self._progress
+            # The line of a training that this evaluation interrupts stays.
+            progress = Progress(enabled=False) if self._is_training else self._progress
+            metrics = MetricState()
             context = HookContext(mode=ModeKeys.EVAL, model=session.module)
             work = EvalWork(writer=writer, metrics=metrics, progress=progress, step_kind=session.backend.step_kind,
                             global_step=session.global_step)
@@ -281,8 +286,8 @@ class Trainer:
                 progress.stop()
             work.loss.warn_of_padding()
             write_results(writer, result, evaluated)
-        progress.table(f"evaluation{f' {name}' if name else ''} of {work.num_rows} rows at step "
-                       f"{result['global_step']}", result)
+        self._progress.table(f"evaluation{f' {name}' if name else ''} of {work.num_rows} rows at step "
+                             f"{result['global_step']}", result)
         return result
 
     def predict(self, input_fn: Callable[..., Any], predict_keys: Sequence[str] | None = None,
@@ -338,9 +343,9 @@ class Trainer:
         return self._sessions[on_xla]
 
     def _save_policy(self) -> SavePolicy:
-        seconds = self._config.save_checkpoints_secs
-        assert not isinstance(seconds, str), "resolved by RunConfig"
-        return SavePolicy(self._config.save_checkpoints_steps, seconds)
+        steps, seconds = self._config.save_checkpoints_steps, self._config.save_checkpoints_secs
+        assert not isinstance(steps, str) and not isinstance(seconds, str), "resolved by RunConfig"
+        return SavePolicy(steps, seconds)
 
     def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
         return Preparation(

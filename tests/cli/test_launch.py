@@ -83,8 +83,9 @@ def test_sweep_runs_on_after_a_failure_which_decides_the_exit_code(command, call
     calls.error, calls.fails_at_job = CheckpointError("broken"), 0
     assert command("-m", "config=digits", "params.width=2,4", "model_dir=out") == 3
     out = capsys.readouterr().out
-    assert out.splitlines()[-2:] == ["0_params.width=2  failed with exit code 3",
-                                     "1_params.width=4  accuracy 0.75, loss 0.25"]
+    assert out.splitlines()[-3:] == ["0_params.width=2  failed with exit code 3",
+                                     "1_params.width=4  accuracy 0.75, loss 0.25",
+                                     "TensorBoard: tensorboard --logdir out"]
 
 
 def test_interrupt_ends_a_sweep(command, calls):

@@ -568,7 +568,7 @@ def test_sig_09_without_xla_every_input_form_is_accepted(tmp_path, form):
     assert len(list(trainer.predict(INPUT_FORMS[form]))) == 4
 
 
-Pair = collections.namedtuple("Pair", ["left", "right"])  # noqa: PYI024 - the plain form of many users
+Pair = collections.namedtuple("Pair", ["left", "right"])
 
 
 @both_paths

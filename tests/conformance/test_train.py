@@ -5,21 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.models import (
-    StepRecorder,
-    input_fn,
-    make_config,
-    make_optimizer,
-    make_spec,
-    make_trainer,
-)
+from tests.models import StepRecorder, input_fn, make_config, make_spec, make_trainer
 from tpuspec import EstimatorSpec, Scaffold, SessionRunHook, TPUConfig
 from tpuspec.errors import TpuspecError
 
-BOTH_PATHS = pytest.mark.parametrize("use_tpu", [True, False], ids=["xla", "native"])
+both_paths = pytest.mark.parametrize("use_tpu", [True, False], ids=["xla", "native"])
 
 
 def loop_trainer(model_dir, iterations_per_loop, **arguments):
@@ -105,7 +99,7 @@ def test_train_03_without_xla_hooks_fire_per_step(tmp_path):
     assert recorder.after == list(range(1, 11))
 
 
-@BOTH_PATHS
+@both_paths
 @pytest.mark.parametrize("value", [12.3, 12.0])
 @pytest.mark.parametrize("name", ["steps", "max_steps"])
 def test_train_04_a_float_number_of_steps_is_a_type_error(tmp_path, use_tpu, name, value):
@@ -113,7 +107,7 @@ def test_train_04_a_float_number_of_steps_is_a_type_error(tmp_path, use_tpu, nam
         make_trainer(tmp_path, use_tpu=use_tpu).train(input_fn, **{name: value})
 
 
-@BOTH_PATHS
+@both_paths
 @pytest.mark.parametrize("value", [0, -1, -1.5, 0.0])
 @pytest.mark.parametrize("name", ["steps", "max_steps"])
 def test_train_04_a_number_of_steps_that_is_not_positive_is_a_value_error_before_its_type_counts(
@@ -121,6 +115,15 @@ def test_train_04_a_number_of_steps_that_is_not_positive_is_a_value_error_before
     with pytest.raises(ValueError, match=rf"^Must specify {name} > 0, given: {value}") as caught:
         make_trainer(tmp_path, use_tpu=use_tpu).train(input_fn, **{name: value})
     assert not isinstance(caught.value, TypeError)
+
+
+@both_paths
+@pytest.mark.parametrize("make_int", [np.int32, np.int64])
+def test_train_04_numpy_ints_are_numbers_of_steps(tmp_path, use_tpu, make_int):
+    trainer = make_trainer(tmp_path, use_tpu=use_tpu)
+    assert trainer.train(input_fn, steps=make_int(2)).global_step() == 2
+    assert trainer.train(input_fn, max_steps=make_int(3)).global_step() == 3
+    assert make_trainer(tmp_path, use_tpu=use_tpu).train(input_fn, max_steps=3).global_step() == 3
 
 
 class Listener:
@@ -234,7 +237,7 @@ def test_train_06_without_xla_training_goes_on_to_the_end_of_the_input(tmp_path)
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["same-trainer", "new-trainer"])
-@BOTH_PATHS
+@both_paths
 def test_train_07_training_that_is_complete_returns_at_once(tmp_path, use_tpu, anew):
     trainer = make_trainer(tmp_path, use_tpu=use_tpu).train(input_fn, max_steps=5)
     assert trainer.global_step() == 5
@@ -254,5 +257,5 @@ def test_train_07_training_that_is_complete_returns_at_once(tmp_path, use_tpu, a
 
 
 def test_train_07_steps_go_on_where_max_steps_ended(tmp_path):
-    trainer = make_trainer(tmp_path, optimizer=make_optimizer).train(input_fn, max_steps=5)
+    trainer = make_trainer(tmp_path).train(input_fn, max_steps=5)
     assert trainer.train(input_fn, steps=1).global_step() == 6

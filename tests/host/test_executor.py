@@ -60,37 +60,28 @@ def test_a_full_queue_makes_submit_wait_until_a_job_is_taken():
     executor.close()
 
 
-def failed_executor(error: BaseException, step: int = 7, behind: list[int] | None = None) -> HostExecutor:
-    """Returns an executor whose job of `step` has raised, with a job queued behind it."""
-    executor, gate, passed = HostExecutor(), threading.Event(), threading.Event()
-
-    def fail() -> None:
-        assert gate.wait(WAIT)
-        threading.Timer(0, passed.set).start()
-        raise error
-
-    executor.submit(step, fail)
-    if behind is not None:
-        executor.submit(step + 1, lambda: behind.append(step + 1))
-    gate.set()
-    assert passed.wait(WAIT)
-    deadline = threading.Event()
-    while executor._error is None:  # the worker is between the raise and its note of it
-        assert not deadline.wait(0.001)
-    return executor
+def fail() -> None:
+    raise ZeroDivisionError("my fault")
 
 
-def test_an_error_is_raised_by_the_next_submit_and_names_the_step():
-    executor = failed_executor(ZeroDivisionError("my fault"))
+def submit_until_it_raises(executor: HostExecutor) -> None:
+    """Submits a failing job of step 7 and three more; with a queue of one job the last comes after the failure."""
+    executor.submit(7, fail)
+    for step in (8, 9, 10):
+        executor.submit(step, lambda: None)
+
+
+def test_an_error_is_raised_by_a_later_submit_and_names_the_step():
+    executor = HostExecutor(queue_size=1)
     with pytest.raises(HostCallError, match="host work of step 7 raised ZeroDivisionError: my fault") as caught:
-        executor.submit(8, lambda: None)
+        submit_until_it_raises(executor)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     executor.close()
 
 
 def test_an_error_of_the_last_job_is_raised_by_close():
     executor = HostExecutor()
-    executor.submit(7, lambda: 1 / 0)
+    executor.submit(7, fail)
     with pytest.raises(HostCallError, match="step 7"):
         executor.close()
     assert worker_threads() == []
@@ -98,12 +89,19 @@ def test_an_error_of_the_last_job_is_raised_by_close():
 
 def test_an_error_of_the_last_job_is_raised_at_the_end_of_the_with_block():
     with pytest.raises(HostCallError, match="step 7"), HostExecutor() as executor:
-        executor.submit(7, lambda: 1 / 0)
+        executor.submit(7, fail)
 
 
 def test_jobs_behind_an_error_are_dropped():
-    behind: list[int] = []
-    executor = failed_executor(ValueError("x"), behind=behind)
+    executor, gate, behind = HostExecutor(), threading.Event(), []
+
+    def fail_late() -> None:
+        assert gate.wait(WAIT)
+        fail()
+
+    executor.submit(7, fail_late)
+    executor.submit(8, lambda: behind.append(8))
+    gate.set()
     with pytest.raises(HostCallError, match="step 7"):
         executor.close()
     assert behind == []
@@ -112,21 +110,22 @@ def test_jobs_behind_an_error_are_dropped():
 def test_the_first_of_two_errors_is_the_one_that_is_raised():
     executor, gate = HostExecutor(), threading.Event()
 
-    def fail(message: str) -> None:
+    def fail_late(message: str) -> None:
         assert gate.wait(WAIT)
         raise ValueError(message)
 
-    executor.submit(1, lambda: fail("first"))
-    executor.submit(2, lambda: fail("second"))
+    executor.submit(1, lambda: fail_late("first"))
+    executor.submit(2, lambda: fail_late("second"))
     gate.set()
     with pytest.raises(HostCallError, match="step 1 raised ValueError: first"):
         executor.close()
 
 
 def test_an_error_is_raised_once():
-    executor = failed_executor(ValueError("x"))
+    executor = HostExecutor(queue_size=1)
     with pytest.raises(HostCallError, match="step 7"):
-        executor.submit(8, lambda: None)
+        submit_until_it_raises(executor)
+    executor.submit(11, lambda: None)
     executor.close()
     executor.close()
 
@@ -136,10 +135,10 @@ def test_an_error_is_raised_once():
 def test_an_error_that_ends_the_process_or_is_tpuspecs_own_is_raised_as_it_is(error):
     executor = HostExecutor()
 
-    def fail() -> None:
+    def raise_it() -> None:
         raise error
 
-    executor.submit(1, fail)
+    executor.submit(1, raise_it)
     with pytest.raises(type(error), match=str(error)) as caught:
         executor.close()
     assert caught.value is error
@@ -148,7 +147,7 @@ def test_an_error_that_ends_the_process_or_is_tpuspecs_own_is_raised_as_it_is(er
 def test_an_error_on_its_way_out_of_the_block_wins_and_the_workers_is_logged(caplog):
     with (caplog.at_level(logging.WARNING, "tpuspec"), pytest.raises(KeyError, match="first"),
           HostExecutor() as executor):
-        executor.submit(7, lambda: 1 / 0)
+        executor.submit(7, fail)
         raise KeyError("first")
     assert "while KeyError was on its way, host work failed too" in caplog.text
     assert "step 7" in caplog.text
@@ -157,9 +156,7 @@ def test_an_error_on_its_way_out_of_the_block_wins_and_the_workers_is_logged(cap
 
 def test_the_workers_own_error_on_its_way_out_of_the_block_is_not_logged_again(caplog):
     with pytest.raises(HostCallError, match="step 7"), HostExecutor(queue_size=1) as executor:
-        executor.submit(7, lambda: 1 / 0)
-        for step in range(8, 10_000):
-            executor.submit(step, lambda: None)
+        submit_until_it_raises(executor)
     assert caplog.text == ""
 
 
@@ -173,7 +170,7 @@ def test_no_thread_is_started_without_a_job_and_none_is_left():
 
 def test_an_executor_can_be_used_again_after_close():
     executor, done = HostExecutor(), []
-    executor.submit(1, lambda: 1 / 0)
+    executor.submit(1, fail)
     with pytest.raises(HostCallError, match="step 1"):
         executor.close()
     executor.submit(2, lambda: done.append(2))

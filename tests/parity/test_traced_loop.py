@@ -45,7 +45,9 @@ def run_by_hand(module, make_optimizer, batches, clip_grad_norm):
     for k in range(NUM_STEPS):
         x, y = (t.to(device) for t in batches[k % 4])
         loss = F.cross_entropy(module(x), y)
-        loss.backward()
+        # Earlier tests may have run a backward on the CPU: torch then has no thread for XLA devices.
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
         if clip_grad_norm is not None:
             xm.reduce_gradients(optimizer)
             nn.utils.clip_grad_norm_(module.parameters(), clip_grad_norm)

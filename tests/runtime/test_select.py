@@ -50,9 +50,9 @@ def test_a_client_that_runs_with_other_devices_is_a_device_error():
 
 
 def test_without_torch_xla_the_error_says_what_to_install():
-    code = "import importlib.util as u; real = u.find_spec\n" \
-           "u.find_spec = lambda name, *a: None if name == 'torch_xla' else real(name, *a)" + SELECT.format(num_shards=1)
-    done = run_python(code, PJRT_DEVICE="CPU")
+    hide = ("import importlib.util as u; real = u.find_spec\n"
+            "u.find_spec = lambda name, *a: None if name == 'torch_xla' else real(name, *a)")
+    done = run_python(hide + SELECT.format(num_shards=1), PJRT_DEVICE="CPU")
     assert "DeviceError: use_tpu=True needs torch_xla, which is not installed" in done.stderr
     assert "use_tpu=False" in done.stderr
 

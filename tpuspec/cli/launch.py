@@ -85,6 +85,8 @@ def _run_sweep(jobs: list[Job], run_job: RunJob) -> int:
     print("\n=== sweep")
     for job, code, metrics in outcomes:
         print(f"{job.name}  {format_metrics(metrics) if code == DONE else f'failed with exit code {code}'}")
+    folders = [os.path.abspath(job.settings.model_dir or "") for job in jobs]
+    print(f"TensorBoard: tensorboard --logdir {os.path.relpath(os.path.commonpath(folders))}", flush=True)
     return next((code for _, code, _ in outcomes if code != DONE), DONE)
 
 

@@ -163,7 +163,9 @@ class TracedStep:
 
     def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
         """Dispatches one step on each replica's batch; does not wait for it."""
-        with reduce_with(self.backend):
+        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
+        # device if that was before the client started.
+        with reduce_with(self.backend), torch.autograd.set_multithreading_enabled(False):
             outputs = [self.step(replica, batch) for replica, batch in zip(self.replicas, batches, strict=True)]
         torch_xla.sync()
         return outputs
