@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def tested_rows() -> dict[str, set[str]]:
+def rows_with_tests() -> dict[str, set[str]]:
     """Rows with a test named after them, by area."""
     rows = defaultdict(set)
     for path in (ROOT / "tests/conformance").glob("test_*.py"):
@@ -23,7 +23,7 @@ def tested_rows() -> dict[str, set[str]]:
 
 def test_the_count_of_conformance_rows_is_that_of_the_tests():
     told = {area: int(count) for area, count in re.findall(r"^\| ([A-Z]+) .*\| \d+ \| (\d+) \|$", README, re.MULTILINE)}
-    held = {area: len(numbers) for area, numbers in tested_rows().items()}
+    held = {area: len(numbers) for area, numbers in rows_with_tests().items()}
     assert {area: count for area, count in told.items() if count} == held
     assert f"| **all** | **180** | **{sum(held.values())}** |" in README
 

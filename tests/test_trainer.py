@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -473,3 +475,35 @@ def test_banner_progress_and_table_are_plain_lines_without_a_terminal(tmp_path, 
     assert "step 2/4" in out and "step 4/4" in out and "traced" in out
     assert "mean_error" in out and "training is complete: global step 4 of 4" in out
     assert "\x1b" not in out
+
+
+def test_a_metric_of_the_users_own_shows_no_trace_of_the_rehearsal_on_zeros(tmp_path):
+    from torchmetrics import MeanMetric
+
+    own = MeanMetric()
+
+    def model_fn(features, labels, mode, params, model):
+        def metric_fn(labels):
+            own.update(labels)
+            if not labels.any():
+                raise ValueError("only one class")
+            return {"own": own}
+
+        return TPUEstimatorSpec(mode, loss=labels.squeeze(1), eval_metrics=(metric_fn, [labels]))
+
+    trainer = make_trainer(tmp_path, model_fn)
+    x = torch.ones(6, 1)
+    for _ in range(2):
+        assert trainer.evaluate(lambda params: TensorDataset(x, x))["own"] == 1.0
+
+
+def test_plain_pytorch_before_xla_in_one_process():
+    code = """
+import tempfile, torch, tpuspec
+from tests.test_trainer import make_trainer, rows_input
+for use_tpu in (False, True):
+    make_trainer(tempfile.mkdtemp(), use_tpu=use_tpu).train(rows_input(), max_steps=2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240,
+                          cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr

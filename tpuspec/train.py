@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (that of this process where None is given) and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     started = datetime.now().astimezone()
-    environment = describe_environment(argv, started)
-    return launch(argv, lambda job: run(job, environment), started)
+    environment = describe_environment(argv, version=tpuspec.__version__, started=started)
+    return launch(argv, lambda job: run(job, environment), version=tpuspec.__version__, now=started)
 
 
 def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -51,16 +51,37 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
                           "none. Train first, or give the folder of a training run, model_dir=DIR.")
     if settings.mode is Mode.predict:
         return predict(job, trainer, functions)
+    evaluations = EvaluateCheckpoints(trainer, functions, settings.run.eval_steps)
     if settings.mode is not Mode.evaluate:
-        train(job, trainer, functions, environment)
-    metrics = {} if settings.mode is Mode.train else trainer.evaluate(functions.input_fn, steps=settings.run.eval_steps)
+        train(job, trainer, functions, environment, [evaluations] if settings.mode is Mode.train_and_evaluate else [])
+    metrics = {} if settings.mode is Mode.train else evaluations.newest()
     if metrics:
         print(f"evaluation at step {metrics['global_step']}: {format_metrics(metrics)}")
     print(f"TensorBoard: tensorboard --logdir {settings.model_dir}", flush=True)
     return metrics
 
 
-def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment: Mapping[str, Any]) -> None:
+class EvaluateCheckpoints(tpuspec.CheckpointSaverListener):
+    """Evaluates after every checkpoint but that of the start."""
+
+    def __init__(self, trainer: tpuspec.Trainer, functions: Functions, eval_steps: int | None) -> None:
+        self._trainer, self._functions, self._eval_steps = trainer, functions, eval_steps
+        self._metrics: Mapping[str, Any] = {}
+
+    def after_save(self, global_step: int) -> None:
+        """Evaluates the state that was saved."""
+        if global_step > 0:
+            self._metrics = self._trainer.evaluate(self._functions.input_fn, steps=self._eval_steps)
+
+    def newest(self) -> Mapping[str, Any]:
+        """Returns the metrics of the newest state, evaluated now if they are not known."""
+        if self._metrics.get("global_step") != self._trainer.global_step():
+            self._metrics = self._trainer.evaluate(self._functions.input_fn, steps=self._eval_steps)
+        return self._metrics
+
+
+def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment: Mapping[str, Any],
+          listeners: Sequence[tpuspec.CheckpointSaverListener]) -> None:
     """Trains, unless training is complete already; the settings are written first."""
     settings, step = job.settings, trainer.global_step()
     if settings.run.max_steps is not None and step >= settings.run.max_steps:
@@ -69,7 +90,9 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
         return
     if trainer.config.is_chief:
         write_record(Path(trainer.model_dir), job.resolved, environment)
-    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps)
+    saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
+    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps,
+                  **({"saving_listeners": listeners} if listeners and saves else {}))
 
 
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:

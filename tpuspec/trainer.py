@@ -81,8 +81,9 @@ class Trainer:
         check_model_fn(model_fn, params_given=params is not None)
         self._config = arguments.resolve_model_dir(model_dir, checked)
         self._params = copy.deepcopy(dict(params or {}))
-        self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
-                             ModeKeys.PREDICT: predict_batch_size}
+        sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size, ModeKeys.PREDICT: predict_batch_size}
+        # numpy's ints are not torch's.
+        self._batch_sizes = {mode: None if size is None else int(size) for mode, size in sizes.items()}
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
         self._source = ModelSource(model=model, optimizer=optimizer, params=self._params)
@@ -164,7 +165,7 @@ class Trainer:
             raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
                               "use train_and_evaluate there, or task_type='worker'.")
         if steps is not None and max_steps is not None:
-            raise ConfigError("Can not provide both steps and max_steps.")
+            raise ConfigError(f"Can not provide both steps and max_steps. Got {steps} and {max_steps}; pass one.")
         arguments.check_above_zero("steps", steps)
         arguments.check_above_zero("max_steps", max_steps)
         if max_steps is not None and self.global_step() >= max_steps:
@@ -218,7 +219,7 @@ class Trainer:
                     input_ended = TrainLoop(
                         session=session, step=prepared.step, batches=prepared.batches,
                         sizer=LoopSizer(length, last_step), saver=saver, restored=restored,
-                        drain=Drain(session.backend.fetch, executor, work=work, broadcast=prepared.broadcast),
+                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies),
                         hooks=HookRunner(hooks, HookContext(mode=ModeKeys.TRAIN, model=session.module), writer=writer),
                     ).run()
             finally:
@@ -276,7 +277,7 @@ class Trainer:
                 with HostExecutor(self._config.host_queue_size) as executor:
                     EvaluateLoop(
                         backend=session.backend, step=prepared.step, batches=prepared.batches, max_steps=steps,
-                        drain=Drain(session.backend.fetch, executor, work=work, broadcast=prepared.broadcast),
+                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies),
                         hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                          summary_step=session.global_step),
                         hooks_per_step=not on_xla).run()
@@ -320,7 +321,7 @@ class Trainer:
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
             loop = PredictLoop(
                 backend=session.backend, step=prepared.step, batches=prepared.batches, executor=executor,
-                drain=Drain(session.backend.fetch, executor, broadcast=prepared.broadcast),
+                drain=Drain(session.backend.fetch, executor, copies=prepared.copies),
                 writer=writer, global_step=session.global_step,
                 hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                  summary_step=session.global_step))

@@ -1,4 +1,4 @@
-"""The command as people run it: a process of its own, in an empty folder."""
+"""The command with the real Trainer, in an empty folder: on XLA in a process of its own, without XLA in this one."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tpuspec import train
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 240
@@ -44,12 +46,12 @@ def test_second_run_says_that_training_is_complete_and_scores_the_same(trained):
     assert ended.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
 
 
-def test_predictions_agree_with_the_accuracy(trained):
+def test_predictions_without_xla_agree_with_the_accuracy_on_it(trained, monkeypatch):
     from recipes import digits
 
     folder, first = trained
-    ended = run(folder, "config=digits", "mode=predict", "model_dir=out")
-    assert ended.returncode == 0, ended.stderr
+    monkeypatch.chdir(folder)
+    assert train.main(["config=digits", "mode=predict", "model_dir=out", "use_tpu=false"]) == 0
     lines = (folder / "out" / "predictions.jsonl").read_text().splitlines()
     classes = [json.loads(line)["classes"] for line in lines]
     labels = digits.load_split("infer")[1].tolist()
@@ -57,30 +59,33 @@ def test_predictions_agree_with_the_accuracy(trained):
     assert f"accuracy {share:.6g}," in first.stdout
 
 
-def test_sweep_trains_each_job_without_xla(tmp_path):
-    ended = run(tmp_path, "-m", "config=digits", "params.width=2,4", "run.max_steps=2", "use_tpu=false", "model_dir=s")
-    assert ended.returncode == 0, ended.stderr
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["0_params.width=2", "1_params.width=4"]
-
-
-def test_error_of_user_code_keeps_its_traceback_and_is_the_last_line(tmp_path):
-    (tmp_path / "theirs.py").write_text("def input_fn(params, mode):\n    raise KeyError('their own mistake')\n")
-    ended = run(tmp_path, "config=digits", "input_fn=theirs.input_fn", "allow=[theirs.]", "use_tpu=false")
-    assert ended.returncode == 1
-    assert 'theirs.py", line 2, in input_fn' in ended.stderr
-    assert ended.stderr.splitlines()[-1] == "KeyError: 'their own mistake'"
-
-
-def test_no_config_is_a_usage_error_without_a_device(tmp_path):
-    ended = run(tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "")
+def test_no_config_is_a_usage_error_that_imports_no_torch_xla(tmp_path):
+    code = "import sys; from tpuspec import train; print(train.main([]), 'torch_xla' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                           timeout=TIMEOUT_SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (ended.returncode, ended.stdout) == (0, "2 False\n"), ended.stderr
     assert "config=digits  Handwritten digits" in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_imports_no_torch_xla(tmp_path):
-    code = ("import sys; from tpuspec import train; code = train.main(['--help']); "
-            "assert 'torch_xla' not in sys.modules; sys.exit(code)")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                           timeout=TIMEOUT_SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert ended.returncode == 0, ended.stderr
+def test_sweep_trains_each_job_without_xla(folder, capsys):
+    assert train.main(["-m", "config=digits", "params.width=2,4", "run.max_steps=2", "use_tpu=false",
+                       "model_dir=s"]) == 0
+    assert sorted(path.name for path in (folder / "s").iterdir()) == ["0_params.width=2", "1_params.width=4"]
+    assert capsys.readouterr().out.splitlines()[-2].startswith("1_params.width=4  accuracy 0.")
+
+
+def test_error_of_user_code_keeps_its_traceback_and_is_the_last_line(folder, capsys, monkeypatch):
+    (folder / "theirs.py").write_text("def input_fn(params, mode):\n    raise KeyError('their own mistake')\n")
+    monkeypatch.syspath_prepend(folder)
+    assert train.main(["config=digits", "input_fn=theirs.input_fn", "allow=[theirs.]", "use_tpu=false"]) == 1
+    error = capsys.readouterr().err
+    assert 'theirs.py", line 2, in input_fn' in error
+    assert error.splitlines()[-1] == "KeyError: 'their own mistake'"
+    del sys.modules["theirs"]
+
+
+def test_value_that_the_trainer_refuses_leaves_nothing(folder, capsys):
+    assert train.main(["config=digits", "train_batch_size=-1"]) == 2
+    assert capsys.readouterr().err == "error: train_batch_size must be positive; got -1.\n"
+    assert list(folder.iterdir()) == []

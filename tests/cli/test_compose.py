@@ -153,7 +153,8 @@ def test_users_config_extends_a_packaged_one(command, calls, user_config):
     assert command("config=mine", "--config-dir", str(directory)) == 0
     assert calls.made[0]["params"]["width"] == 8 and calls.made[0]["params"]["dropout"] == 0.25
     assert calls.made[0]["model_dir"] == "runs/mine"
-    assert calls.done[0] == ("train", {"steps": None, "max_steps": 5})
+    verb, arguments = calls.done[0]
+    assert (verb, arguments["steps"], arguments["max_steps"]) == ("train", None, 5)
 
 
 def test_hydra_interpolations_name_the_model_dir(command, calls):
@@ -190,3 +191,8 @@ def test_sweep_over_a_range_runs_each_value(command, calls):
 def test_one_wrong_job_of_a_sweep_runs_none(command, calls, capsys, folder):
     message = refused(command, capsys, folder, "-m", "config=digits", "tpu.num_shards=1,0")
     assert "num_shards must be positive" in message and calls.made == []
+
+
+def test_sweep_over_replicas_is_refused_since_a_process_starts_its_devices_once(command, calls, capsys, folder):
+    message = refused(command, capsys, folder, "-m", "config=digits", "tpu.num_shards=1,2")
+    assert "tpu.num_shards cannot be swept" in message and calls.made == []

@@ -123,3 +123,12 @@ def test_unknown_option_is_refused(command, capsys, option):
 def test_quiet_option_is_the_setting(command, calls):
     assert command("config=digits", "--quiet") == 0
     assert calls.made[0]["config"].show_progress is False
+
+
+@pytest.mark.parametrize(("overrides", "evaluates"), [
+    ([], True), (["mode=train"], False),
+    (["run.save_checkpoints_steps=null"], False),
+])
+def test_train_and_evaluate_evaluates_every_checkpoint_where_there_are_any(command, calls, overrides, evaluates):
+    assert command("config=digits", *overrides) == 0
+    assert ("saving_listeners" in calls.done[0][1]) is evaluates

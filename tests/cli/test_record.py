@@ -27,7 +27,8 @@ def test_evaluation_keeps_the_record_of_the_training(command, calls, folder):
 
 def test_start_time_is_an_argument():
     started = datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
-    assert describe_environment(["config=digits"], started)["started"] == "2025-01-02T03:04:05+00:00"
+    environment = describe_environment(["config=digits"], version="1.2", started=started)
+    assert (environment["tpuspec"], environment["started"]) == ("1.2", "2025-01-02T03:04:05+00:00")
 
 
 @pytest.mark.parametrize("model_dir", ["file/below", "n" * 300])

@@ -390,6 +390,14 @@ def test_sig_06_what_model_and_optimizer_functions_do_to_params_stays_with_them(
     assert trainer.params == {"nested": [1]}
 
 
+def per_core_pipeline(input_fn, params):
+    config = make_config(tpu_config=TPUConfig(per_host_input_for_training=False))
+    return InputPipeline(InputSettings(
+        input_fn=input_fn, mode=ModeKeys.TRAIN, params=params, config=config,
+        plan=plan_input(ModeKeys.TRAIN, config.tpu_config, global_batch_size=4, num_hosts=1, num_replicas=2),
+        topology=Topology(platform="CPU", devices=("CPU:0", "CPU:1")), static_shapes=True))
+
+
 def test_sig_06_all_calls_of_input_fn_in_one_train_share_one_copy_with_its_own_context_each():
     mine, seen = [1], []
 
@@ -398,13 +406,17 @@ def test_sig_06_all_calls_of_input_fn_in_one_train_share_one_copy_with_its_own_c
         params["nested"].append(2)
         return [torch.ones(2, 1)]
 
-    config = make_config(tpu_config=TPUConfig(per_host_input_for_training=False))
-    InputPipeline(InputSettings(
-        input_fn=watched_input, mode=ModeKeys.TRAIN, params={"nested": mine}, config=config,
-        plan=plan_input(ModeKeys.TRAIN, config.tpu_config, global_batch_size=4, num_hosts=1, num_replicas=2),
-        topology=Topology(platform="CPU", devices=("CPU:0", "CPU:1")), static_shapes=True))
+    per_core_pipeline(watched_input, {"nested": mine})
     assert mine == [1]
     assert seen == [([1], 0), ([1, 2], 1)]
+
+
+def test_sig_06_an_input_fn_that_is_a_generator_reads_its_own_context_when_its_first_batch_is_drawn():
+    def lazy_input(params):
+        yield torch.full((2, 1), params["context"].current_input_fn_deployment()[1])
+
+    batch = next(per_core_pipeline(lazy_input, {}))
+    assert [replica.features[0].item() for replica in batch.replicas] == [0, 1]
 
 
 # SIG-07

@@ -146,7 +146,7 @@ def test_the_cheat_sheet_holds(deployment, modes, calls, input_size, model_size)
 @pytest.mark.parametrize("deployment", [PER_SHARD_V1, PER_HOST_V1, PER_HOST_V2, BROADCAST])
 def test_the_calls_feed_every_replica_once_in_order(deployment):
     made = plan(deployment, G, hosts=H, replicas=R)
-    fed = [replica for call in made.calls for replica in range(call.first_replica, call.first_replica + call.num_replicas)]
+    fed = [call.first_replica + i for call in made.calls for i in range(call.num_replicas)]
     assert fed == list(range(R))
 
 

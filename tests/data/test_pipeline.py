@@ -25,8 +25,9 @@ SLICED = InputPipelineConfig.SLICED
 
 
 def pipeline(input_fn: Callable[..., Any], *, mode: ModeKeys = EVAL, deployment: InputPipelineConfig = PER_HOST_V1,
-             batch_size: int = 4, replicas: int = 2, hosts: int = 1, host: int = 0, params: dict[str, Any] | None = None,
-             sleep_secs: int | None = None, sleep: Callable[[float], None] | None = None) -> InputPipeline:
+             batch_size: int = 4, replicas: int = 2, hosts: int = 1, host: int = 0,
+             params: dict[str, Any] | None = None, sleep_secs: int | None = None,
+             sleep: Callable[[float], None] | None = None) -> InputPipeline:
     """Makes the input of one of `hosts` hosts that have `replicas` replicas in all."""
     where = {"eval_training_input_configuration": SLICED} if deployment is SLICED else {
         "per_host_input_for_training": deployment}

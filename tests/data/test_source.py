@@ -44,9 +44,9 @@ def batches_of(source, mode=EVAL, batch_size=4, seed=0):
 
 def epochs(num_epochs, *, num_rows=12, batch_size=4, seed=0):
     """Returns the rows of each training epoch, in their order."""
-    batches = itertools.islice(batches_of(Rows(num_rows), TRAIN, batch_size, seed), num_epochs * (num_rows // batch_size))
-    rows = torch.cat(list(batches)).tolist()
-    size = num_rows // batch_size * batch_size
+    num_batches = num_rows // batch_size
+    batches = itertools.islice(batches_of(Rows(num_rows), TRAIN, batch_size, seed), num_epochs * num_batches)
+    rows, size = torch.cat(list(batches)).tolist(), num_batches * batch_size
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
@@ -137,7 +137,7 @@ def test_an_error_of_the_input_passes_through_unchanged(source):
     (torch.ones(4, 2), "Tensor"), (np.ones(4), "ndarray"), ((torch.ones(4), torch.ones(4)), "tuple"),
     ({"x": torch.ones(4)}, "dict")])
 def test_one_batch_instead_of_an_iterable_of_batches_is_an_error_that_says_what_to_return(batch, kind):
-    with pytest.raises(InputError, match=rf"my_input_fn.* got one batch \({kind}\). Return \[batch\] for a single batch"):
+    with pytest.raises(InputError, match=rf"my_input_fn.* got one batch \({kind}\). Return \[batch\] for a single"):
         batches_of(batch)
 
 
@@ -159,5 +159,5 @@ def test_an_empty_dataset_yields_nothing(mode):
 
 @pytest.mark.parametrize("dataset", [Rows(8), Stream(8)])
 def test_a_dataset_without_a_batch_size_is_an_error(dataset):
-    with pytest.raises(InputError, match="a Dataset needs a batch size to be batched by; pass the batch size of mode eval"):
+    with pytest.raises(InputError, match="a Dataset needs a batch size to be batched by; pass .* of mode eval"):
         next(batches_of(dataset, batch_size=None))

@@ -13,8 +13,8 @@ def rows(*real: int) -> StepRows:
     return StepRows(mask=torch.tensor(real, dtype=torch.bool), num_rows=sum(real))
 
 
-def assembled(group: str, parts: list[Any], real: StepRows, *, broadcast: bool = False) -> Any:
-    return assemble([{group: part} for part in parts], real, broadcast=broadcast)[group]
+def assembled(group: str, parts: list[Any], real: StepRows) -> Any:
+    return assemble([{group: part} for part in parts], real)[group]
 
 
 def t(*values: float) -> torch.Tensor:
@@ -66,18 +66,12 @@ def test_scalar_losses_stay_one_a_replica_where_each_replica_has_one_row():
     assert losses.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("real", [rows(1, 1, 1), rows(1, 0, 0)])
-def test_broadcast_takes_the_first_replicas_tensors_alone(real):
-    parts = [{"x": t(1, 2, 3)}, {"x": t(4, 5, 6)}]
-    assert assembled("eval_metrics", parts, real, broadcast=True)["x"].tolist() == [1, 2, 3][:real.num_rows]
-
-
 def test_one_replica_without_padding_is_not_copied():
     tensor = t(1, 2)
     assert assembled("predictions", [{"x": tensor}], rows(1, 1))["x"] is tensor
 
 
 def test_groups_are_joined_each_for_itself_and_absent_ones_stay_absent():
-    joined = assemble([{"loss": torch.tensor(1.0), "host_call": []}], rows(1), broadcast=False)
+    joined = assemble([{"loss": torch.tensor(1.0), "host_call": []}], rows(1))
     assert joined.keys() == {"loss", "host_call"}
     assert joined["host_call"] == []

@@ -92,13 +92,22 @@ def test_the_worker_gets_the_functions_and_rows_of_that_very_step():
     assert [step.rows.num_rows for step in recorder.steps] == [3, 1]
 
 
-def test_broadcast_takes_one_replica():
-    recorder = Recorder(broadcast=True)
+def test_of_copies_the_first_one_is_taken():
+    recorder = Recorder(copies=2)
     recorder.drain.submit(1, [output(1), output(2)], rows())
     drained = recorder.drain.flush()
     recorder.executor.close()
     assert drained is not None
     assert drained.tensors["loss"].tolist() == [1]
+
+
+def test_of_copies_all_micro_batches_of_the_first_one_are_taken():
+    recorder = Recorder(copies=2)
+    recorder.drain.submit(1, join_micro_steps([[output(1), output(2)], [output(3), output(4)]]), rows())
+    drained = recorder.drain.flush()
+    recorder.executor.close()
+    assert drained is not None
+    assert drained.tensors["loss"].tolist() == [1, 3]
 
 
 def test_an_error_of_the_work_is_raised_by_a_later_submit_or_flush_and_names_the_step():
@@ -138,15 +147,3 @@ def test_micro_steps_are_ordered_by_replica_then_batch_and_keep_the_updates_func
                                [output(2, functions=functions), output(4, functions=functions)]])
     assert losses(joined) == [1, 2, 3, 4]
     assert all(step.functions is functions for step in joined)
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_every_micro_step_of_a_broadcast_batch_reaches_the_host(replicas):
-    recorder = Recorder(broadcast=True)
-    micro_steps = [[output(value) for _ in range(replicas)] for value in (1, 2)]
-    recorder.drain.submit(1, join_micro_steps(micro_steps), rows(4))
-    drained = recorder.drain.flush()
-    recorder.executor.close()
-    assert drained is not None
-    assert drained.tensors["loss"].tolist() == [1, 2]
-    assert drained.tensors["host_call"][0].tolist() == [1, 2]

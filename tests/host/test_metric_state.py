@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics import MeanMetric, MeanSquaredError, Metric, SumMetric
+from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, Metric, SumMetric
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from tpuspec.errors import SpecError, SpecTypeError, TpuspecError
@@ -67,6 +67,15 @@ def test_a_metric_of_the_users_that_is_updated_each_step_is_counted_once(make, b
         metric.update(*arguments(make, rows))
         state.update({"m": metric if bare else (metric, None)}, size(rows))
     assert state.compute()["m"] == pytest.approx(on_all_rows(make), rel=1e-6)
+
+
+def test_a_new_metric_of_rows_each_step_keeps_them_in_the_order_of_the_steps():
+    state = MetricState()
+    for value in (1.0, 2.0, 3.0):
+        metric = CatMetric()
+        metric.update(value)
+        state.update({"m": metric}, 1)
+    assert state.compute()["m"].tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_metric_computed_in_metric_fn_does_not_freeze_its_value():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tpuspec import Trainer
 from tpuspec.config import RunConfig, TPUConfig
 from tpuspec.errors import SpecUsageError
 from tpuspec.host.drain import Drain
@@ -35,8 +36,8 @@ from tpuspec.testing import (
 )
 
 
-def prepare(backend: FakeBackend, mode: ModeKeys, batch_size: int, *, num_rows: int = 8, model_fn: Any = linear_model_fn,
-            deployment: object = True) -> tuple[Session, Prepared]:
+def prepare(backend: FakeBackend, mode: ModeKeys, batch_size: int, *, num_rows: int = 8,
+            model_fn: Callable[..., Any] = linear_model_fn, deployment: object = True) -> tuple[Session, Prepared]:
     session = Session(backend, ModelSource(model=linear_model, optimizer=linear_optimizer, params={}), seed=0)
     session.ensure_optimizers()
     session.set_training(mode is ModeKeys.TRAIN)
@@ -56,7 +57,7 @@ def evaluate(num_replicas: int, batch_size: int, *, num_rows: int, model_fn: Cal
     work = EvalWork(writer=writer, metrics=metrics, progress=Progress(enabled=False), step_kind="eager", global_step=0)
     with HostExecutor() as executor:
         EvaluateLoop(backend=backend, step=prepared.step, batches=prepared.batches,
-                     drain=Drain(backend.fetch, executor, work=work, broadcast=prepared.broadcast),
+                     drain=Drain(backend.fetch, executor, work=work, copies=prepared.copies),
                      hooks=HookRunner((), HookContext(mode=ModeKeys.EVAL), writer=writer)).run()
     return work.loss.compute(), metrics.compute()
 
@@ -64,7 +65,7 @@ def evaluate(num_replicas: int, batch_size: int, *, num_rows: int, model_fn: Cal
 @pytest.mark.parametrize("deployment", [True, "PER_HOST_V2", "BROADCAST"])
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 11, 24])
 @pytest.mark.parametrize(("num_replicas", "batch_size"), [(1, 3), (2, 8), (4, 8), (3, 6), (4, 4)])
-def test_loss_and_metrics_over_any_replicas_equal_those_over_the_whole_set(num_replicas, batch_size, num_rows, deployment):
+def test_loss_and_metrics_over_replicas_equal_those_over_the_whole_set(num_replicas, batch_size, num_rows, deployment):
     loss, metrics = evaluate(num_replicas, batch_size, num_rows=num_rows, deployment=deployment)
     expected = linear_rows(num_rows)[1].double().square().mean().item()
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -109,7 +110,7 @@ def test_one_replica_trains():
 def test_several_replicas_refuse_to_train():
     backend = FakeBackend(num_replicas=2)
     _, prepared = prepare(backend, ModeKeys.TRAIN, 4)
-    with pytest.raises(SpecUsageError, match=r"its 2 replicas one after the other and cannot reduce gradients over them"):
+    with pytest.raises(SpecUsageError, match="its 2 replicas one after the other and cannot reduce gradients over"):
         prepared.step(backend.feed(next(prepared.batches).replicas))
     assert "reduce_gradients" not in backend.events
 
@@ -188,3 +189,23 @@ def test_a_cross_shard_optimizer_reaches_the_backend_from_within_the_step():
     compiled([Batch(features=torch.ones(2, 3))])
     assert backend.events == ["place", "step", "reduce_gradients"]
     assert replicas[0].model.bias.item() == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("deployment", [True, "PER_HOST_V2", "BROADCAST"])
+def test_a_trainer_on_the_fake_backend_tells_host_call_of_every_batch_of_an_update(tmp_path, monkeypatch, deployment):
+    monkeypatch.setattr("tpuspec.trainer.select", lambda config, use_tpu: FakeBackend(num_replicas=1))
+    told: list[list[float]] = []
+
+    def model_fn(features, labels, mode, params, model, optimizer):
+        loss = (model(features) - labels).square().mean()
+        return TPUEstimatorSpec(mode=mode, loss=loss, host_call=(lambda sums: told.append(sums.tolist()), [
+            features.sum().reshape(1)]), train_op=CrossShardOptimizer(optimizer).minimize(loss, accumulate_steps=2))
+
+    def input_fn(params):
+        return ((torch.full((2, 3), value), torch.zeros(2, 1)) for value in (1.0, 2.0, 3.0, 4.0))
+
+    config = RunConfig(show_progress=False, tpu_config=TPUConfig(per_host_input_for_training=deployment))
+    trainer = Trainer(model_fn, model=linear_model, optimizer=linear_optimizer, params={}, train_batch_size=2,
+                      model_dir=tmp_path, config=config)
+    trainer.train(input_fn, max_steps=2)
+    assert told == [[6.0, 12.0], [18.0, 24.0]]

@@ -86,7 +86,9 @@ def compose_jobs(overrides: Sequence[str], *, config_dir: Path | None, multirun:
     if multirun:
         _separate(drafts, now)
     given = [override.key_or_group for override in parsed]
-    return [_job(draft, prefixes, given, multirun=multirun, number=i) for i, draft in enumerate(drafts)]
+    jobs = [_job(draft, prefixes, given, multirun=multirun, number=i) for i, draft in enumerate(drafts)]
+    _check_one_device_setup(jobs)
+    return jobs
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -201,6 +203,14 @@ def _separate(drafts: list[_Draft], now: datetime) -> None:
     for number, draft in enumerate(drafts):
         parent = draft.config.model_dir or f"runs/{draft.choice}_sweep/{now:%Y-%m-%d_%H-%M-%S}"
         draft.config.model_dir = f"{parent}/{_folder_name(number, draft.swept)}"
+
+
+def _check_one_device_setup(jobs: list[Job]) -> None:
+    """Refuses a sweep over the number of replicas: the jobs share a process, which starts its devices once."""
+    counts = {job.settings.tpu.num_shards for job in jobs if job.settings.use_tpu}
+    if len(counts) > 1:
+        raise ConfigError("tpu.num_shards cannot be swept: all jobs run in one process, and a process starts its "
+                          "devices once. Run one command for each number.")
 
 
 def _folder_name(number: int, swept: list[str]) -> str:

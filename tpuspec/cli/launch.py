@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import tpuspec
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
@@ -23,12 +22,13 @@ DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 RunJob = Callable[[Job], Mapping[str, Any]]
 
 
-def launch(argv: Sequence[str], run_job: RunJob, now: datetime) -> int:
+def launch(argv: Sequence[str], run_job: RunJob, *, version: str, now: datetime) -> int:
     """Runs a command line and returns its exit code.
 
     Args:
       argv: arguments, without the program's name.
       run_job: runs one job and returns its metrics.
+      version: of tpuspec, for --version.
       now: names the folder of a sweep.
     """
     try:
@@ -37,7 +37,7 @@ def launch(argv: Sequence[str], run_job: RunJob, now: datetime) -> int:
             print(format_help(find_choices(arguments.config_dir)))
             return DONE
         if arguments.show_version:
-            print(f"tpuspec {tpuspec.__version__}")
+            print(f"tpuspec {version}")
             return DONE
         jobs = compose_jobs(arguments.overrides, config_dir=arguments.config_dir, multirun=arguments.multirun, now=now)
     except Exception as error:

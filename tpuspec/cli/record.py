@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import tpuspec
 from tpuspec.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -35,21 +34,23 @@ def write_record(model_dir: Path, resolved: str, environment: Mapping[str, Any])
         file.write("\n")
 
 
-def describe_environment(command: Sequence[str], started: datetime) -> dict[str, Any]:
+def describe_environment(command: Sequence[str], *, version: str, started: datetime) -> dict[str, Any]:
     """Returns what one needs to run the same again.
 
     Args:
       command: arguments of the command.
+      version: of tpuspec.
       started: when it started, with its time zone.
     """
     return {
+        "tpuspec": version,
         "command": ["python", "-m", "tpuspec.train", *command],
         "started": started.isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "PJRT_DEVICE": os.environ.get("PJRT_DEVICE"),
-        "packages": {"tpuspec": tpuspec.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "executable": sys.executable,
         "working_directory": os.getcwd(),
     }

@@ -76,7 +76,8 @@ class InputPipeline:
         check_input_fn(settings.input_fn)
         self._settings = settings
         calls = settings.plan.on_host(settings.topology.host_index)
-        self._feeds = [_Feed(settings, call, copy.deepcopy(dict(settings.params))) for call in calls]
+        params = copy.deepcopy(dict(settings.params))  # one copy of the values for all calls, as in TPUEstimator
+        self._feeds = [_Feed(settings, call, dict(params)) for call in calls]
         self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
         self._sleep = sleep
         self._started = False
@@ -88,9 +89,14 @@ class InputPipeline:
         if not self._started and self._sleep_seconds and self._settings.with_context:
             self._sleep(self._sleep_seconds)
         parts = [feed.draw() for feed in self._feeds]
-        if all(part is None for part in parts):
+        # A training step runs on real rows or not at all; evaluation goes on until the last feed ends.
+        ends = any if self._settings.mode is ModeKeys.TRAIN else all
+        if ends(part is None for part in parts):
             if not self._started:
-                raise InputError("input_fn yielded no batches. The dataset is empty, or was read to its end before.")
+                raise InputError(
+                    "input_fn yielded no batches. The dataset is empty, or was read to its end before."
+                    if all(part is None for part in parts) else
+                    "input_fn yielded less than one step: training needs a full batch for every replica.")
             raise StopIteration
         self._started = True
         batches, masks = [], []
@@ -109,6 +115,7 @@ class _Feed:
         self._call = call
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
+        self._is_training = settings.mode is ModeKeys.TRAIN
         self._drops_labels = settings.mode is ModeKeys.PREDICT
         topology = settings.topology
         if call.batch_size is not None:
@@ -136,7 +143,7 @@ class _Feed:
         while drawn[-1] is not None and len(drawn) < call.batches_per_step:
             drawn.append(self._draw_one())
         parts = [part for part in drawn if part is not None]
-        if not parts:
+        if not parts or (self._is_training and len(parts) < call.batches_per_step):
             return None
         while len(parts) < call.batches_per_step:  # the input ended within a step
             parts.append(self._padding())

@@ -163,7 +163,7 @@ def _difference(first: Signature, now: Signature) -> str:
                     f"[batch, {_join(new_shape)}]. Pad to one shape in input_fn.")
         if dtype != new_dtype:
             return f"{rule}; {name} changed from {dtype} to {new_dtype}."
-    return f"{rule}; the nesting changed from {first.nesting} to {now.nesting}."
+    return f"{rule}; the nesting, or the order of a dict's keys, changed from {first.nesting} to {now.nesting}."
 
 
 def _join(shape: tuple[int, ...]) -> str:

@@ -11,20 +11,17 @@ from torch import Tensor
 from tpuspec.spec.results import StepRows
 
 
-def assemble(replica_tensors: Sequence[Mapping[str, Any]], rows: StepRows, *, broadcast: bool) -> dict[str, Any]:
+def assemble(replica_tensors: Sequence[Mapping[str, Any]], rows: StepRows) -> dict[str, Any]:
     """Joins each group's tensors over replicas.
 
     Args:
       replica_tensors: for each replica, group -> list or dict of tensors, or one tensor ('loss').
       rows: which rows of the concatenated batch are real.
-      broadcast: all replicas had the same rows: the first one's tensors are taken alone.
 
     Returns:
       group -> the same container of tensors [real rows, ...]; tensors that do not have the batch's rows (a host_call's
-      [1] becomes [num_replicas]) keep all of theirs. 'loss' becomes [num_replicas], or [real rows] if per example.
+      [1] becomes [num_replicas]) keep all of theirs. A scalar 'loss' becomes [num_replicas], padding replicas included.
     """
-    if broadcast:
-        replica_tensors = replica_tensors[:1]
     num_rows = rows.mask.shape[0]
 
     def join(parts: Sequence[Tensor]) -> Tensor:
@@ -36,8 +33,10 @@ def assemble(replica_tensors: Sequence[Mapping[str, Any]], rows: StepRows, *, br
     joined: dict[str, Any] = {}
     for group, first in replica_tensors[0].items():
         parts = [tensors[group] for tensors in replica_tensors]
-        if isinstance(first, Tensor):
-            joined[group] = join([part.reshape(1) if part.ndim == 0 else part for part in parts])
+        if isinstance(first, Tensor) and first.ndim == 0:
+            joined[group] = torch.stack(parts)
+        elif isinstance(first, Tensor):
+            joined[group] = join(parts)
         elif isinstance(first, Mapping):
             joined[group] = {key: join([part[key] for part in parts]) for key in first}
         else:

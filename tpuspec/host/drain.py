@@ -42,15 +42,15 @@ class Drain:
       fetch: copies a structure's device tensors to the host in one transfer; `Backend.fetch`.
       executor: runs `work`; its bounded queue holds back a loop whose host functions are too slow.
       work: what to do with a step, on the worker thread; None leaves steps to the caller of `submit` and `flush`.
-      broadcast: whether all replicas compute the same rows.
+      copies: replicas that compute the same rows, in BROADCAST all of them; the first one's outputs are taken.
     """
 
     def __init__(self, fetch: Callable[[Any], Any], executor: HostExecutor, *,
-                 work: Callable[[DrainedStep], None] | None = None, broadcast: bool = False) -> None:
+                 work: Callable[[DrainedStep], None] | None = None, copies: int = 1) -> None:
         self._fetch = fetch
         self._executor = executor
         self._work = work
-        self._broadcast = broadcast
+        self._copies = copies
         self._dispatched: _Dispatched | None = None
 
     def submit(self, step: int, outputs: Sequence[StepOutput], rows: StepRows) -> DrainedStep | None:
@@ -72,10 +72,11 @@ class Drain:
         return None if previous is None else self._bring(previous)
 
     def _bring(self, dispatched: _Dispatched) -> DrainedStep:
-        fetched = self._fetch([dict(output.tensors) for output in dispatched.outputs])
+        outputs = dispatched.outputs[:len(dispatched.outputs) // self._copies]
+        fetched = self._fetch([dict(output.tensors) for output in outputs])
         step = DrainedStep(
-            step=dispatched.step, tensors=assemble(fetched, dispatched.rows, broadcast=self._broadcast),
-            functions=dispatched.outputs[0].functions, rows=dispatched.rows)
+            step=dispatched.step, tensors=assemble(fetched, dispatched.rows),
+            functions=outputs[0].functions, rows=dispatched.rows)
         if self._work is not None:
             work = self._work
             self._executor.submit(step.step, lambda: work(step))

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from tpuspec.errors import SpecError, SpecTypeError
 from tpuspec.spec.estimator_spec import check_metric_value
+
+# Reductions of a metric's states that are exact whatever the number of updates behind each.
+_MERGEABLE = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
 
 RESERVED_NAMES = ("loss", "global_step")
 
@@ -36,7 +40,7 @@ class MetricState:
 
     def __init__(self) -> None:
         self._values: dict[str, _Mean | Metric] = {}
-        self._owned: dict[int, Metric] = {}
+        self._owned: dict[str, Metric] = {}
 
     def update(self, results: Mapping[str, Any], num_rows: int) -> None:
         """Adds one step.
@@ -65,14 +69,14 @@ class MetricState:
         if isinstance(kept, _Mean) or (kept is not None and type(kept) is not type(metric)):
             raise SpecTypeError(f"metric {name!r} changed its kind from step to step; got {type(metric).__name__}.")
         if arguments is None:
-            self._owned[id(metric)] = metric
             if kept is not None and kept is not metric:
-                kept.merge_state(metric)
-        elif kept is None:
+                _merge(name, kept, metric)
+            self._values[name] = self._owned[name] = metric
+            return
+        if kept is None:
             metric.reset()  # may be the user's, left over from an evaluation before
-        self._values[name] = metric if kept is None else kept
-        if arguments is not None:
-            self._values[name].update(*arguments)  # type: ignore[union-attr]
+            self._values[name] = kept = metric
+        kept.update(*arguments)
 
     def compute(self) -> dict[str, Any]:
         """Returns name -> int, float or array, nesting kept, in the order of names."""
@@ -83,6 +87,17 @@ class MetricState:
         for metric in self._owned.values():
             metric.reset()
         self._owned.clear()
+
+
+def _merge(name: str, earlier: Metric, newest: Metric) -> None:
+    """Adds the state of the steps before to the newest step's metric; rows stay in the order of steps."""
+    mergeable = newest.full_state_update is False and not newest.dist_sync_on_step
+    if not mergeable or any(reduction not in _MERGEABLE for reduction in newest._reductions.values()):
+        raise SpecTypeError(
+            f"metric {name!r}, a {type(newest).__name__}, cannot be merged over steps exactly, and metric_fn made a "
+            "new one for each. Return (metric, arguments of its update), or keep one metric and update it.")
+    newest.merge_state(earlier)
+    newest._computed = None  # merge_state leaves a value that metric_fn computed
 
 
 def _split(value: Any) -> tuple[Any, tuple[Any, ...] | None]:

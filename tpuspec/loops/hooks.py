@@ -110,7 +110,7 @@ class HookRunner:
             hook = self._begun.pop(0)
             try:
                 hook.end(self.context)
-            except Exception as error:
+            except BaseException as error:  # the other hooks' end comes first, even before an interrupt
                 if first is None and raised is None:
                     raised = error
                 else:

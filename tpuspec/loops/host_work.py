@@ -178,7 +178,7 @@ class LossMean:
         """
         real = mask.reshape(losses.shape[0], -1)
         counts, full = real.sum(1), real.all(1)
-        for which, group in ((full, self._full), (~full, self._padded)):
+        for which, group in ((full, self._full), (~full & (counts > 0), self._padded)):
             group[0] += (losses.double() * counts)[which].sum().item()
             group[1] += int(counts[which].sum())
 

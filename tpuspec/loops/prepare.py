@@ -27,14 +27,14 @@ class Prepared:
       batches: the input, from its first batch.
       step: the step, ready to run.
       rehearsal: what the first spec says.
-      broadcast: whether all replicas get the same rows.
+      copies: replicas that get the same rows: all of this host's in BROADCAST, else 1.
       replica_batch_size: rows of one replica's batch; None without XLA where none was given.
     """
 
     batches: Iterator[HostBatch]
     step: CompiledStep
     rehearsal: Rehearsal
-    broadcast: bool
+    copies: int
     replica_batch_size: int | None
 
 
@@ -83,7 +83,8 @@ class Preparation:
         step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
         return Prepared(
             batches=itertools.chain([first], batches), step=backend.compile_step(step, session.replicas),
-            rehearsal=rehearsal, broadcast=self.plan.broadcast, replica_batch_size=self.plan.replica_batch_size)
+            rehearsal=rehearsal, copies=len(session.replicas) if self.plan.broadcast else 1,
+             replica_batch_size=self.plan.replica_batch_size)
 
     def _model_fn_call(self) -> ModelFnCall:
         topology = self._session.backend.topology

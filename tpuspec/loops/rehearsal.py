@@ -7,8 +7,9 @@ values thrown away, and an error of its own (zeros may not suit it) is left for 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,10 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
             return call(replica, batch)
 
     spec = backend.rehearse(replica, trace)
+    scaffold = _make_scaffold(spec, on_xla=call.on_xla)
+    call.check_tensors(spec)
     if call.mode is ModeKeys.TRAIN:
         _check_train_op(spec, replica, call.num_replicas)
-    scaffold = _make_scaffold(spec, on_xla=call.on_xla)
     if isinstance(spec, EstimatorSpec):
         if call.mode is ModeKeys.EVAL:
             check_metric_names(spec.eval_metric_ops)
@@ -106,18 +108,28 @@ def _rehearse_metrics(metric_fn: Callable[..., Any], tensors: Any) -> None:
 
     fake = ({name: zeros(t) for name, t in tensors.items()} if isinstance(tensors, Mapping)
             else [zeros(t) for t in tensors])
-    try:
-        results = call_host_function("eval_metrics", metric_fn, fake)
-    except TpuspecError:
-        raise
-    except Exception as error:
-        logger.debug("metric_fn raised on zeros: %s", error)
-        return
-    try:
+    with _metrics_as_before():
+        try:
+            results = call_host_function("eval_metrics", metric_fn, fake)
+        except TpuspecError:
+            raise
+        except Exception as error:
+            logger.debug("metric_fn raised on zeros: %s", error)
+            return
         check_metric_names(results)
+
+
+@contextlib.contextmanager
+def _metrics_as_before() -> Iterator[None]:
+    """Puts back the state of every metric of the process: metric_fn may update some that it does not return."""
+    # By the type's own bases: isinstance would ask objects of all kinds for their __class__.
+    metrics = [found for found in gc.get_objects() if Metric in type(found).__mro__]
+    states = [(metric, metric._copy_state_dict(), metric._update_count, metric._computed) for metric in metrics]
+    try:
+        yield
     finally:
-        for value in results.values() if isinstance(results, Mapping) else ():
-            metric = value[0] if isinstance(value, tuple) and value else value
-            if isinstance(metric, Metric):
-                with contextlib.suppress(Exception):
-                    metric.reset()
+        for metric, state, update_count, computed in states:
+            if metric._update_count != update_count:
+                for name, value in state.items():
+                    setattr(metric, name, value)
+                metric._update_count, metric._computed = update_count, computed

@@ -36,9 +36,13 @@ class Saver:
             return False
         return self._save(step) if self._policy.enabled else False
 
+    def is_due(self, step: int) -> bool:
+        """Whether at_boundary would save."""
+        return self._policy.should_save(step)
+
     def at_boundary(self, step: int) -> bool:
         """Saves if it is time; returns whether a listener asks to stop."""
-        return self._save(step) if self._policy.should_save(step) else False
+        return self._save(step) if self.is_due(step) else False
 
     def end(self, step: int) -> None:
         """Saves the last state, unless it is saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class ModelSource:
         """
         if self.model is None or isinstance(self.model, nn.Module):
             return self.model
-        module = self.model(self.params)
+        module = self.model(copy.deepcopy(dict(self.params)))
         if not isinstance(module, nn.Module):
             raise ConfigTypeError(f"model must return a torch.nn.Module; got {type(module).__name__}.")
         return module
@@ -53,7 +54,7 @@ class ModelSource:
         """
         if self.optimizer is None:
             return {}
-        made = self.optimizer(module, self.params)
+        made = self.optimizer(module, copy.deepcopy(dict(self.params)))
         optimizers = dict(made) if isinstance(made, Mapping) else {"": made}
         for name, optimizer in optimizers.items():
             if not isinstance(name, str) or not isinstance(optimizer, torch.optim.Optimizer):

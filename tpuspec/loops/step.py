@@ -76,9 +76,13 @@ class ModelFnCall:
         if self.on_xla and isinstance(spec, EstimatorSpec) and spec.training_chief_hooks:
             raise SpecError("training_chief_hooks returned by EstimatorSpec is not supported in TPUEstimator. Return "
                             "them as training_hooks, or return a TPUEstimatorSpec.")
-        self._check_tensors(spec)
 
-    def _check_tensors(self, spec: Spec) -> None:
+    def check_tensors(self, spec: Spec) -> None:
+        """Checks that the tensors for the host can be put together over replicas.
+
+        Raises:
+          SpecError, SpecTypeError, SpecUsageError: one cannot; the error names it.
+        """
         if self.on_xla and isinstance(spec, TPUEstimatorSpec):
             if self.mode is ModeKeys.EVAL and spec.eval_metrics is not None:
                 check_host_tensors("eval_metrics", spec.eval_metrics[1], batch_size=self.batch_size)
@@ -130,6 +134,7 @@ class TrainStep:
           SpecError: the optimizer is not the Trainer's, or nothing reduces over several replicas.
         """
         spec = self.call(replica, batch)
+        self.call.check_tensors(spec)
         assert spec.loss is not None, "checked by the spec in mode TRAIN"
         is_update = self._run_train_op(spec, replica)
         if is_update:
@@ -160,6 +165,7 @@ class ForwardStep:
         """Runs one batch on one replica."""
         with torch.no_grad():
             spec = self.call(replica, batch)
+        self.call.check_tensors(spec)
         tensors: dict[str, Any] = {}
         if self.call.mode is ModeKeys.PREDICT:
             tensors["predictions"] = _detach(spec.predictions)

@@ -79,6 +79,8 @@ class TrainLoop:
             input_ended, last_outputs = self._run_steps(size)
             self.step.publish()
             self.sizer.finished(self.clock() - begun, session.global_step - first)
+            if self.saver.is_due(session.global_step):
+                self.drain.flush()  # reading the state waits for the step anyhow
             if self.saver.at_boundary(session.global_step):
                 context.request_stop()
             if session.global_step > first:

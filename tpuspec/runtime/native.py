@@ -46,8 +46,8 @@ class NativeBackend:
         torch.set_rng_state(state.host)
 
     def feed(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Returns the batches: they are where they are needed."""
-        return list(batches)
+        """Returns the tensors as they are, in containers of their own that model_fn may change."""
+        return [batch.map(lambda tensor: tensor) for batch in batches]
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
         """Wraps the step; nothing is compiled."""

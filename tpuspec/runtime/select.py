@@ -12,6 +12,9 @@ from tpuspec.spec.backend import Backend
 
 PJRT_DEVICE = "PJRT_DEVICE"
 
+_reasons: dict[str, str] = {}
+"""Why this process chose a platform, for later calls, which find PJRT_DEVICE set."""
+
 
 def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     """Returns the backend for a run; starts the XLA client if it is the first.
@@ -48,7 +51,7 @@ def choose_platform() -> tuple[str, str]:
             "tpuspec[tpu] on a TPU host, or run with use_tpu=False.")
     chosen = os.environ.get(PJRT_DEVICE)
     if chosen:
-        return chosen.upper(), f"{PJRT_DEVICE}={chosen}"
+        return chosen.upper(), _reasons.get(chosen, f"{PJRT_DEVICE}={chosen}")
     # Keeps torch_xla from choosing, and from logging that it chose.
     os.environ["PJRT_SELECT_DEFAULT_DEVICE"] = "0"
     try:
@@ -61,4 +64,5 @@ def choose_platform() -> tuple[str, str]:
     platform = "TPU" if num_chips else "CPU"
     os.environ[PJRT_DEVICE] = platform
     found = f"libtpu found {num_chips} chips" if num_chips else "no TPU found"
-    return platform, f"{PJRT_DEVICE} not set, {found}"
+    _reasons[platform] = f"{PJRT_DEVICE} not set, {found}"
+    return platform, _reasons[platform]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpuspec.config import TPUConfig
+from tpuspec.config import InputPipelineConfig, TPUConfig
 from tpuspec.errors import ConfigError, DeviceError
 
 
@@ -30,8 +30,9 @@ def count_replicas(config: TPUConfig, *, num_devices: int, num_devices_per_host:
         raise ConfigError(
             f"TPUConfig.num_shards is not set correctly, it should be ({num_replicas}), got ({config.num_shards}). "
             f"{num_devices} devices with {cores} cores per replica were found. Leave it None to take what is found.")
-    if cores > num_devices_per_host and config.input_partition_dims is None:
+    spans_hosts = cores > num_devices_per_host
+    if spans_hosts and config.per_host_input_for_training is not InputPipelineConfig.PER_HOST_V2:
         raise ConfigError(
-            "a replica may not span hosts; got num_cores_per_replica: "
+            "a replica may span hosts in PER_HOST_V2 only; got num_cores_per_replica: "
             f"{cores}, num_cores_per_host: {num_devices_per_host}.")
     return num_replicas
