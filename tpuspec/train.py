@@ -91,8 +91,8 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
     if trainer.config.is_chief:
         write_record(Path(trainer.model_dir), job.resolved, environment)
     saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
-    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps,
-                  **({"saving_listeners": listeners} if listeners and saves else {}))
+    with_listeners: dict[str, Any] = {"saving_listeners": listeners} if listeners and saves else {}
+    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps, **with_listeners)
 
 
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:

@@ -154,7 +154,8 @@ def test_sig_06_what_input_fn_does_to_params_reaches_no_one():
         params["own"] = 1
         return iter([torch.ones(2)])
 
-    pipeline(input_fn, mode=TRAIN, deployment=PER_SHARD_V1, params=params)  # two calls
+    for _ in range(2):
+        pipeline(input_fn, mode=TRAIN, params=params)
     assert params == {"layers": [1, 2]}
 
 

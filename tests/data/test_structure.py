@@ -118,7 +118,7 @@ def test_rows_are_counted_on_axis_0():
     ({"a": ones(4, 2)}, {"a": ones(4, 3)}, r"features\['a'\] changed from \[batch, 2\] to \[batch, 3\]"),
     ({"a": ones(4, 2)}, {"a": ones(4, 2, dtype=torch.int32)},
      r"features\['a'\] changed from torch.float32 to torch.int32"),
-    ([ones(4)], (ones(4),), r"the nesting changed from .*list.* to .*tuple"),
+    ([ones(4)], (ones(4),), r"the nesting.* changed from .*list.* to .*tuple"),
     (Image(ones(4), ones(4, 2)), Image(ones(4), ones(4, 5)), r"size changed from \[batch, 2\] to \[batch, 5\]"),
 ], ids=["key", "new key", "shape", "dtype", "nesting", "namedtuple"])
 def test_a_changed_structure_names_the_key_and_the_old_and_the_new(first, second, message):
