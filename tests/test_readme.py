@@ -8,6 +8,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -28,6 +30,7 @@ def test_the_count_of_conformance_rows_is_that_of_the_tests():
     assert f"| **all** | **180** | **{sum(held.values())}** |" in README
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_learns(tmp_path):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     assert len(example.strip().splitlines()) <= 40

@@ -497,6 +497,7 @@ def test_a_metric_of_the_users_own_shows_no_trace_of_the_rehearsal_on_zeros(tmp_
         assert trainer.evaluate(lambda params: TensorDataset(x, x))["own"] == 1.0
 
 
+@pytest.mark.slow
 def test_plain_pytorch_before_xla_in_one_process():
     code = """
 import tempfile, torch, tpuspec

@@ -28,6 +28,7 @@ def trained(tmp_path_factory):
     return folder, run(folder, "config=digits", "run.max_steps=20", "params.learning_rate=0.003", "model_dir=out")
 
 
+@pytest.mark.slow
 def test_training_prints_the_score_and_leaves_files_in_model_dir_only(trained):
     folder, ended = trained
     assert ended.returncode == 0, ended.stderr
@@ -38,6 +39,7 @@ def test_training_prints_the_score_and_leaves_files_in_model_dir_only(trained):
     assert {"config.yaml", "environment.json"} <= {path.name for path in (folder / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_second_run_says_that_training_is_complete_and_scores_the_same(trained):
     folder, first = trained
     ended = run(folder, "config=digits", "run.max_steps=20", "model_dir=out", "quiet=true")
@@ -46,6 +48,7 @@ def test_second_run_says_that_training_is_complete_and_scores_the_same(trained):
     assert ended.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
 
 
+@pytest.mark.slow
 def test_predictions_without_xla_agree_with_the_accuracy_on_it(trained, monkeypatch):
     from recipes import digits
 

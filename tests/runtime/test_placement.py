@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tpuspec.runtime.placement import move_module
+from tpuspec.runtime.placement import module_as_before, move_module
 
 
 class Tied(nn.Module):
@@ -82,3 +82,25 @@ def test_on_the_same_device_the_very_parameters_are_kept():
     before = list(module.parameters())
     move_module(module, torch.device("cpu"))
     assert all(old is new for old, new in zip(before, module.parameters(), strict=True))
+
+
+def test_a_pass_in_between_leaves_buffers_and_gradients_as_they_were():
+    class Replacing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = self.seen + 1  # another tensor under the same name
+            return self.norm(x)
+
+    module = Replacing()
+    seen, before = module.seen, {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with module_as_before(module):
+        module(torch.randn(8, 2)).sum().backward()
+        assert module.seen is not seen
+        assert not torch.equal(module.norm.running_mean, before["norm.running_mean"])
+    assert module.seen is seen
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -27,6 +27,7 @@ print(backend.topology)
 """
 
 
+@pytest.mark.slow
 def test_without_pjrt_device_and_without_tpu_the_cpu_is_chosen_and_the_reason_told():
     done = run_python(SELECT.format(num_shards=None), PJRT_DEVICE=None)
     assert done.returncode == 0, done.stderr
@@ -34,6 +35,7 @@ def test_without_pjrt_device_and_without_tpu_the_cpu_is_chosen_and_the_reason_to
     assert "Defaulting to PJRT_DEVICE" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_platform_that_cannot_start_is_a_device_error_with_the_mend():
     done = run_python(SELECT.format(num_shards=None), PJRT_DEVICE="NOSUCH")
     assert done.returncode == 1
@@ -41,6 +43,7 @@ def test_a_platform_that_cannot_start_is_a_device_error_with_the_mend():
     assert "Set PJRT_DEVICE=CPU" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_client_that_runs_with_other_devices_is_a_device_error():
     code = "import torch_xla; torch_xla.device(); import os; os.environ['CPU_NUM_DEVICES'] = '4'" + SELECT.format(
         num_shards=4)

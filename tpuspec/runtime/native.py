@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tpuspec.runtime.placement import move_module
+from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import reduce_with
@@ -55,14 +55,11 @@ class NativeBackend:
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
         """Runs `fn`, then puts buffers and random state back."""
-        buffers = [] if replica.model is None else [(b, b.clone()) for b in replica.model.buffers()]
         random_state = self.rng_state()
         try:
-            return fn()
+            with module_as_before(replica.model):
+                return fn()
         finally:
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
             self.set_rng_state(random_state)
 
     def fetch(self, tree: T) -> T:

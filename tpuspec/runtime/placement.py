@@ -1,6 +1,9 @@
-"""Moves a module to a device without untying what its parts share."""
+"""A module on its device: moved there without untying what its parts share, and its buffers kept."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,6 +22,28 @@ def move_module(module: nn.Module, device: torch.device) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             getattr(module.get_submodule(owner), kind)[leaf] = first
     return module
+
+
+@contextlib.contextmanager
+def module_as_before(module: nn.Module | None) -> Iterator[None]:
+    """Puts back the module's buffers and gradients, which a pass in train() mode may change.
+
+    Copies and write-backs are lazy on XLA: nothing is compiled for them.
+    """
+    parts = [] if module is None else [(part, dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for _, buffers in parts for buffer in buffers.values() if buffer is not None]
+    gradients = [] if module is None else [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for part, buffers in parts:
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _tied_names(module: nn.Module) -> list[tuple[str, list[str]]]:

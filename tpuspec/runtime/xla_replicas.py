@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
-from tpuspec.runtime.placement import move_module
+from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.results import Batch, StepOutput
@@ -118,13 +118,10 @@ class XlaReplicas:
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
         """Traces `fn`; nothing is compiled, and buffers and random state are put back."""
         random_state = self.rng_state()
-        buffers = [] if replica.model is None else [(b, b.clone()) for b in replica.model.buffers()]
         try:
-            return fn()
+            with module_as_before(replica.model):
+                return fn()
         finally:
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
             self.set_rng_state(random_state)
 
     def fetch(self, tree: T) -> T:
