@@ -508,3 +508,224 @@ for use_tpu in (False, True):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240,
                           cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
+
+
+def batch_norm_net(params):
+    return nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+
+def test_one_graph_serves_all_training_steps_of_a_model_with_buffers(tmp_path):
+    counts = []
+
+    class Count(tpuspec.SessionRunHook):
+        def begin(self, context):
+            counts.append(num_compiles())
+
+        def after_run(self, context):
+            counts.append(num_compiles())
+
+    # Without momentum: an optimizer that makes its state in the first step has a second graph, in plain torch_xla too.
+    trainer = make_trainer(tmp_path, model=batch_norm_net, iterations_per_loop=1,
+                           optimizer=lambda module, params: torch.optim.SGD(module.parameters(), lr=0.1))
+    trainer.train(rows_input(), hooks=[Count()], max_steps=4)
+    before, *after = counts
+    assert after == [before + 1] * 4
+    counts.clear()
+    trainer.train(rows_input(), hooks=[Count()], max_steps=6)
+    assert len(set(counts)) == 1, "a second training needs no other graph"
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_gradients_of_an_update_that_was_not_completed_are_dropped(use_tpu, tmp_path):
+    x, y = regression_rows(4).tensors
+
+    def train(folder, *calls):
+        trainer = make_trainer(tmp_path / folder, use_tpu=use_tpu, params={"accumulate": 3})
+        for num_batches in calls:
+            trainer.train(lambda params, n=num_batches: [(x, y)] * n, steps=1)
+        return trainer.get_variable_value("weight")
+
+    np.testing.assert_array_equal(train("broken", 2, 3), train("whole", 3))
+
+
+def test_a_training_in_parts_reads_the_dataset_on(tmp_path):
+    seen = {}
+
+    def model_fn(features, labels, mode, params, model, optimizer):
+        spec = regression_fn(features, labels, mode, params, model, optimizer, torch.zeros(1))
+        name = params["name"]
+        return spec.replace(host_call=(lambda x: seen.setdefault(name, []).append(x.squeeze(1).tolist()), [features]))
+
+    whole = make_trainer(tmp_path / "whole", model_fn, params={"name": "whole"})
+    whole.train(rows_input(18), steps=9)
+    for steps in (3, 1, 5):
+        make_trainer(tmp_path / "parts", model_fn, params={"name": "parts"}).train(rows_input(18), steps=steps)
+    assert seen["parts"] == seen["whole"]
+    assert seen["whole"][:4] != seen["whole"][4:8], "each epoch has its own order"
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_an_input_may_use_its_memory_again(use_tpu, tmp_path):
+    def reusing(params):
+        array = np.zeros((4, 1), dtype=np.float32)
+        for i in range(4):
+            array[:] = i
+            yield array
+
+    def model_fn(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"x": features * 1, "same": features})
+
+    trainer = make_trainer(tmp_path, model_fn, use_tpu=use_tpu)
+    rows = list(trainer.predict(reusing))
+    assert [row["x"].item() for row in rows] == [row["same"].item() for row in rows] == [i for i in range(4)
+                                                                                         for _ in range(4)]
+
+
+def test_a_scaffolds_saver_and_restore_work_on_weights_in_memory_and_a_failed_restore_leaves_no_trace(tmp_path):
+    fails = []
+
+    def restore(module, tensors):
+        with torch.no_grad():
+            module.weight.zero_()
+        if fails:
+            raise RuntimeError("restore broke")
+        module.load_state_dict({name.removeprefix("saved."): tensor for name, tensor in tensors.items()})
+
+    def scaffold_fn():
+        return tpuspec.Scaffold(
+            saver=lambda module: {f"saved.{name}": tensor for name, tensor in module.state_dict().items()},
+            restore=restore)
+
+    def model_fn(features, labels, mode, params, model, optimizer, global_step):
+        return regression_fn(features, labels, mode, params, model, optimizer, global_step).replace(
+            scaffold_fn=scaffold_fn)
+
+    trainer = make_trainer(tmp_path, model_fn)
+    trainer.train(rows_input(), max_steps=4)
+    in_memory = trainer.evaluate(rows_input())
+    assert make_trainer(tmp_path, model_fn).evaluate(rows_input()) == in_memory
+    weight = trainer._sessions[True].module.weight.detach().cpu()
+    fails.append(True)
+    with pytest.raises(RuntimeError, match="restore broke"):
+        trainer.evaluate(rows_input())
+    assert torch.equal(trainer._sessions[True].module.weight.detach().cpu(), weight)
+
+
+def test_hyper_parameters_of_a_resumed_run_are_those_it_asks_for_and_a_difference_is_told(tmp_path, caplog):
+    def with_lr(lr):
+        return make_trainer(tmp_path, optimizer=lambda module, params: torch.optim.SGD(
+            module.parameters(), lr=lr, momentum=0.9))
+
+    with_lr(0.1).train(rows_input(), max_steps=2)
+    before = with_lr(0.1).get_variable_value("weight")
+    with_lr(0.0).train(rows_input(), max_steps=4)
+    np.testing.assert_array_equal(with_lr(0.0).get_variable_value("weight"), before)
+    assert "lr is 0.0 as this run asks; the checkpoint had 0.1" in caplog.text
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    make_trainer(tmp_path).train(rows_input(), max_steps=2)
+    other = make_trainer(tmp_path, optimizer=lambda module, params: torch.optim.AdamW(module.parameters()))
+    with pytest.raises(CheckpointError, match="optimizer is AdamW, the checkpoint's is SGD"):
+        other.train(rows_input(), max_steps=4)
+
+
+def test_an_evaluation_within_training_leaves_each_submodules_mode(tmp_path):
+    modes = []
+    trainer = make_trainer(tmp_path, model=batch_norm_net)
+
+    class Freeze(tpuspec.SessionRunHook):
+        def before_run(self, context):
+            context.model[2].eval()
+
+        def after_run(self, context):
+            trainer.evaluate(rows_input())
+            modes.append([part.training for part in context.model])
+
+    trainer.train(rows_input(), hooks=[Freeze()], max_steps=4)
+    assert modes == [[True, True, False, True]] * 2
+
+
+def test_a_prediction_left_open_by_a_hook_ends_training_with_an_error(tmp_path):
+    open_generators = []
+    trainer = make_trainer(tmp_path)
+
+    class Predict(tpuspec.SessionRunHook):
+        def after_run(self, context):
+            generator = trainer.predict(rows_input())
+            next(generator)
+            open_generators.append(generator)
+
+    with pytest.raises(ConfigError, match=r"train\(\) cannot go on while a predict\(\) generator is open"):
+        trainer.train(rows_input(), hooks=[Predict()], max_steps=8)
+    open_generators[0].close()
+
+
+def test_training_within_training_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    class Train(tpuspec.SessionRunHook):
+        def after_run(self, context):
+            trainer.train(rows_input(), steps=1)
+
+    with pytest.raises(ConfigError, match="called by a hook or listener of train"):
+        trainer.train(rows_input(), hooks=[Train()], max_steps=8)
+
+
+def test_a_step_that_fails_leaves_host_and_device_at_the_same_step(tmp_path):
+    fails = [True]
+    seen = []
+
+    def model_fn(features, labels, mode, params, model, optimizer, global_step):
+        spec = regression_fn(features, labels, mode, params, model, optimizer, global_step)
+
+        def train_op():
+            spec.loss.backward()
+            tpuspec.CrossShardOptimizer(optimizer).step()
+            if len(seen) == 2 and fails:
+                raise RuntimeError("broke")
+            optimizer.zero_grad()
+
+        return spec.replace(train_op=train_op, host_call=(lambda step: seen.append(int(step)), [global_step]))
+
+    trainer = make_trainer(tmp_path, model_fn)
+    with pytest.raises(RuntimeError, match="broke"):
+        trainer.train(rows_input(), max_steps=6)
+    fails.clear()
+    trainer.train(rows_input(), max_steps=6)
+    assert seen == list(range(6))
+
+
+def test_an_error_of_host_call_is_not_lost_when_a_prediction_is_closed_early(tmp_path):
+    def model_fn(features, mode, params, model):
+        def host_call(y):
+            raise ValueError("in host_call")
+
+        return TPUEstimatorSpec(mode, predictions={"y": model(features)}, host_call=(host_call, [model(features)]))
+
+    generator = make_trainer(tmp_path, model_fn).predict(lambda params: [torch.ones(4, 1)] * 3)
+    next(generator)
+    with pytest.raises(HostCallError, match="host_call raised ValueError at step 1"):
+        generator.close()
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"seed": -1}, "seed must be integer, 0 .. 2"),
+    ({"seed": 2**64}, "seed must be integer, 0 .. 2"),
+    ({"model_dir": "gs://bucket/run"}, "model_dir must be a local folder in this version; got 'gs://bucket/run'"),
+])
+def test_settings_that_could_not_work_are_refused_at_once(config, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(config.pop("model_dir", None), **config)
+
+
+def test_a_float_max_steps_is_refused_though_training_is_complete(tmp_path):
+    trainer = make_trainer(tmp_path).train(rows_input(), max_steps=2)
+    with pytest.raises(TypeError, match="Train max_steps must be int; got 2.0"):
+        trainer.train(rows_input(), max_steps=2.0)
+
+
+def test_a_lazy_module_is_refused_with_the_mend(tmp_path):
+    trainer = make_trainer(tmp_path, model=lambda params: nn.LazyLinear(1))
+    with pytest.raises(ConfigError, match="weight of the model has no shape yet. Run one batch"):
+        trainer.train(rows_input(), max_steps=2)

@@ -118,12 +118,14 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
     """Returns a copy of the config with the folder of the run: given here, there, or a temporary one.
 
     Raises:
-      ConfigError: both are given and differ.
+      ConfigError: both are given and differ, or it is no local folder.
     """
     given = os.fspath(model_dir) if model_dir is not None else ""
     if given and config.model_dir is not None and given != config.model_dir:
         raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
                           f"{given!r} and {config.model_dir!r}. Set one of them.")
+    if "://" in (given or config.model_dir or ""):
+        raise ConfigError(f"model_dir must be a local folder in this version; got {given or config.model_dir!r}.")
     return config.replace(model_dir=given or config.model_dir or tempfile.mkdtemp(prefix="tpuspec-"))
 
 

@@ -280,8 +280,8 @@ def validate(config: RunConfig) -> None:
     hours = config.keep_checkpoint_every_n_hours
     if hours is not None and not (_is_number(hours) and hours > 0):
         raise ConfigError(f"keep_checkpoint_every_n_hours should be > 0, or None; got {hours!r}.")
-    if config.seed is not None and not _is_int(config.seed):
-        raise ConfigError(f"seed must be integer, or None; got {config.seed!r}.")
+    if config.seed is not None and not (_is_int(config.seed) and 0 <= config.seed < 2**63):
+        raise ConfigError(f"seed must be integer, 0 .. 2**63 - 1, or None; got {config.seed!r}.")
     if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
     if not isinstance(config.tpu_config, TPUConfig):

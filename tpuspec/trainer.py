@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
 from tpuspec.loops.host_work import EvalWork, TrainWork
 from tpuspec.loops.iterations import LoopSizer
-from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples
+from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation, Prepared
 from tpuspec.loops.report import banner_facts, write_results
 from tpuspec.loops.saving import Saver
@@ -92,7 +92,6 @@ class Trainer:
         self._sessions: dict[bool, Session] = {}
         self._store = CheckpointStore(self.model_dir)
         self._progress = Progress(enabled=self._config.show_progress)
-        self._predicting = 0
         self._is_training = False
 
     @property
@@ -138,10 +137,10 @@ class Trainer:
         """
         values = self._load_latest()
         if name == "global_step":
-            return np.asarray(self.global_step())
+            return np.asarray(self._store.read_step(str(self.latest_checkpoint())))
         if name not in values:
             raise ConfigError(f"no variable {name!r} in {self.latest_checkpoint()}; it holds {sorted(values)}.")
-        return values[name].float().numpy() if values[name].dtype.itemsize == 2 else values[name].numpy()
+        return to_numpy(values[name])
 
     def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
               steps: int | None = None, max_steps: int | None = None,
@@ -160,7 +159,8 @@ class Trainer:
           HostCallError: host_call raised; names the step.
           Exception: of input_fn, model_fn or a hook, as it is.
         """
-        self._check_not_predicting("train")
+        if self._is_training:
+            raise ConfigError("train() was called by a hook or listener of train(). Call it after the first has ended.")
         if self._config.cluster.task_type == "evaluator":
             raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
                               "use train_and_evaluate there, or task_type='worker'.")
@@ -169,6 +169,7 @@ class Trainer:
         arguments.check_above_zero("steps", steps)
         arguments.check_above_zero("max_steps", max_steps)
         if max_steps is not None and self.global_step() >= max_steps:
+            arguments.check_int("Train max_steps", max_steps)
             self._progress.message(f"training is complete: global step {self.global_step()} of {max_steps}.")
             return self
         checked_hooks = check_hooks(hooks)
@@ -185,9 +186,11 @@ class Trainer:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
                               "save_checkpoints_steps or save_checkpoints_secs.")
         self._store.prepare()
+        session.check_not_lent("train()")
         session.ensure_optimizers()
+        session.drop_gradients()
         session.set_training(True)
-        prepared = preparation.run(input_fn)
+        prepared = preparation.run(input_fn, start_step=self.global_step())
         restored = restore_for_training(session, self._store, prepared.rehearsal.scaffold)
         # The same seed at the same step, whatever was drawn before: input_fn and model_fn of the user included.
         session.backend.seed(self._seed + session.global_step)
@@ -226,6 +229,7 @@ class Trainer:
                 self._is_training = False
                 progress.stop()
                 work.finish()
+                saver.close()
         if input_ended and last_step is not None:
             progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a Dataset, or "
                              "repeat the batches in input_fn, to train on.")
@@ -252,13 +256,13 @@ class Trainer:
           ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
           HostCallError: metric_fn or host_call raised; names the step.
         """
-        self._check_not_predicting("evaluate")
         on_xla = self._use_tpu and self._eval_on_tpu
         checked_hooks = check_hooks(hooks)
         self._check_sliced(on_xla)
         session = self._session(on_xla)
         preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
         arguments.check_eval_steps(steps, on_xla=on_xla)
+        session.check_not_lent("evaluate()")
         folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
             stack.enter_context(session.evaluating(self._seed))
@@ -307,7 +311,6 @@ class Trainer:
         Raises:
           As evaluate, from the first next().
         """
-        self._check_not_predicting("predict")
         checked_hooks = check_hooks(hooks)
         self._check_sliced(self._use_tpu)
         session = self._session(self._use_tpu)
@@ -315,7 +318,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(session.evaluating(self._seed))
             prepared = preparation.run(input_fn)
-            stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold, generator=True))
+            stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
+            stack.enter_context(session.lent())
             writer = stack.enter_context(contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")))
             executor = stack.enter_context(HostExecutor(self._config.host_queue_size))
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
@@ -353,28 +357,15 @@ class Trainer:
             model_fn=self._model_fn, params=self._params, config=self._config, session=session, mode=mode,
             global_batch_size=self._batch_sizes[mode], on_xla=on_xla, seed=self._seed)
 
-    @contextlib.contextmanager
-    def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold, *,
-                 generator: bool = False) -> Iterator[str | None]:
-        """Holds the weights to evaluate in the session; a generator that holds them keeps other calls away."""
-        trained = self._sessions.get(self._use_tpu)
-        with borrowed_weights(session, trained, self._store, checkpoint_path, scaffold) as path:
-            self._predicting += generator
-            try:
-                yield path
-            finally:
-                self._predicting -= generator
+    def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold,
+                 ) -> contextlib.AbstractContextManager[str | None]:
+        return borrowed_weights(session, self._sessions.get(self._use_tpu), self._store, checkpoint_path, scaffold)
 
     def _check_sliced(self, on_xla: bool) -> None:
         configured = self._config.tpu_config.eval_training_input_configuration
         if configured is InputPipelineConfig.SLICED and not on_xla:
             raise ConfigError("Invalid TPUConfig `eval_training_input_configuration` value. SLICED mode only works on "
                               "use_tpu = True.")
-
-    def _check_not_predicting(self, verb: str) -> None:
-        if self._predicting:
-            raise ConfigError(f"{verb}() was called while a predict() generator is open, whose weights it would "
-                              "change. Read the generator to its end, or close() it.")
 
     def _banner(self, session: Session) -> None:
         self._progress.banner("tpuspec", banner_facts(

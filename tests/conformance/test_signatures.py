@@ -395,7 +395,7 @@ def per_core_pipeline(input_fn, params):
     return InputPipeline(InputSettings(
         input_fn=input_fn, mode=ModeKeys.TRAIN, params=params, config=config,
         plan=plan_input(ModeKeys.TRAIN, config.tpu_config, global_batch_size=4, num_hosts=1, num_replicas=2),
-        topology=Topology(platform="CPU", devices=("CPU:0", "CPU:1")), static_shapes=True))
+        topology=Topology(platform="CPU", devices=("CPU:0", "CPU:1"), num_replicas_per_host=2), static_shapes=True))
 
 
 def test_sig_06_all_calls_of_input_fn_in_one_train_share_one_copy_with_its_own_context_each():

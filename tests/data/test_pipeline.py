@@ -36,6 +36,7 @@ def pipeline(input_fn: Callable[..., Any], *, mode: ModeKeys = EVAL, deployment:
         input_fn=input_fn, mode=mode, params={} if params is None else params, config=config, static_shapes=True,
         plan=plan_input(mode, config.tpu_config, global_batch_size=batch_size, num_hosts=hosts, num_replicas=replicas),
         topology=Topology(platform="CPU", devices=tuple(f"cpu:{i}" for i in range(replicas // hosts)),
+                          num_replicas_per_host=replicas // hosts,
                           num_hosts=hosts, host_index=host))
     return InputPipeline(made) if sleep is None else InputPipeline(made, sleep=sleep)
 
@@ -45,7 +46,7 @@ def native(input_fn: Callable[..., Any], batch_size: int | None = None, sleep_se
     return InputPipeline(InputSettings(
         input_fn=input_fn, mode=EVAL, params={}, plan=plan_native_input(batch_size), static_shapes=False,
         config=RunConfig(tpu_config=TPUConfig(initial_infeed_sleep_secs=sleep_secs)), with_context=False,
-        topology=Topology(platform="CPU", devices=("cpu",))), sleep=sleep)
+        topology=Topology(platform="CPU", devices=("cpu",), num_replicas_per_host=1)), sleep=sleep)
 
 
 def yields(*batches: list[float]) -> Callable[..., Any]:

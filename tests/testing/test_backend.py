@@ -89,8 +89,7 @@ def test_the_verbs_of_a_step_are_noted_in_the_order_of_their_calls():
     prepared.step(backend.feed(batch.replicas))
     prepared.step.publish()
     backend.fetch([])
-    backend.close()
-    assert backend.events == ["seed", "place", "feed", "rehearse", "feed", "step", "publish", "fetch", "close"]
+    assert backend.events == ["seed", "place", "feed", "rehearse", "feed", "step", "publish", "fetch"]
     assert [len(replicas) for replicas in backend.fed] == [2, 2]
     assert backend.fed[1][1].features is batch.replicas[1].features
 
@@ -180,7 +179,7 @@ def test_a_cross_shard_optimizer_reaches_the_backend_from_within_the_step():
     replicas = backend.place(linear_model({}))
     optimizer = CrossShardOptimizer(linear_optimizer(replicas[0].model, {}))
 
-    def step(replica: Replica, batch: Batch) -> StepOutput:
+    def step(replica: Replica, batch: Batch, micro_step: int) -> StepOutput:
         replica.model(batch.features).sum().backward()
         optimizer.step()
         return StepOutput(tensors={})

@@ -16,16 +16,25 @@ def load_into_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
       CheckpointError: lists every missing, unexpected and differently shaped name; nothing was loaded.
     """
+    check_fits(module, tensors)
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise CheckpointError(f"Restoring from checkpoint failed in {type(module).__name__}: {error}") from error
+
+
+def check_fits(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Checks names and shapes against the module's, and loads nothing.
+
+    Raises:
+      CheckpointError: lists every missing, unexpected and differently shaped name.
+    """
     problems = list_mismatches(module.state_dict(), tensors)
     if problems:
         raise CheckpointError(
             "Restoring from checkpoint failed. This is most likely due to a mismatch between the model and the "
             "checkpoint; nothing was loaded:\n" + "\n".join(f"  {problem}" for problem in problems) +
             "\nBuild the model with the settings of that run, or use another model_dir.")
-    try:
-        module.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        raise CheckpointError(f"Restoring from checkpoint failed in {type(module).__name__}: {error}") from error
 
 
 def list_mismatches(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -50,6 +50,7 @@ class InputSettings:
       static_shapes: whether short batches are padded.
       with_context: whether params carry a 'context'.
       seed: of the shuffle.
+      start_batch: batches of a training Dataset to pass over.
     """
 
     input_fn: Callable[..., Any]
@@ -61,6 +62,7 @@ class InputSettings:
     static_shapes: bool
     with_context: bool = True
     seed: int = 0
+    start_batch: int = 0
 
 
 class InputPipeline:
@@ -129,7 +131,8 @@ class _Feed:
                                           num_replicas_in_sync=topology.num_replicas)})
         self._iterator = raw_batches(
             source, input_fn=settings.input_fn, mode=settings.mode,
-            batch_size=call.batch_size, seed=settings.seed)
+            batch_size=call.batch_size, seed=settings.seed,
+            start_batch=settings.start_batch * call.batches_per_step)
         self._checker = None
         if settings.static_shapes:
             assert call.batch_size is not None, "plan_input gives every call a batch size"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from tpuspec.errors import InputError, InputTypeError
 from tpuspec.spec.functions import describe
@@ -16,12 +16,12 @@ from tpuspec.spec.mode import ModeKeys
 
 
 def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, batch_size: int | None, seed: int,
-                ) -> Iterator[Any]:
+                start_batch: int = 0) -> Iterator[Any]:
     """Returns an iterator over the batches of what input_fn returned.
 
-    A map-style Dataset is batched here; in TRAIN it is shuffled by seed and epoch, repeated without end, and a short
-    last batch is dropped. An IterableDataset is batched and read once. A DataLoader, or any other iterable, yields
-    batches as it is.
+    A map-style Dataset is batched here. In TRAIN it is shuffled by seed and epoch, repeated without end, and a short
+    last batch is dropped; a run that goes on from a step goes on with the batches behind it. An IterableDataset is batched
+    and read once. A DataLoader, or any other iterable, yields batches as it is.
 
     Args:
       source: what input_fn returned.
@@ -29,6 +29,7 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
       mode: the mode.
       batch_size: rows of a batch; needed for a Dataset.
       seed: of the shuffle.
+      start_batch: batches of a training Dataset to pass over.
 
     Raises:
       InputError: one batch instead of an iterable of batches, or a Dataset that cannot fill one batch.
@@ -40,7 +41,7 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
             f"batch ({type(source).__name__}). Return [batch] for a single batch, or itertools.repeat(batch) for the "
             "same one at every step.")
     if isinstance(source, Dataset):
-        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed)
+        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed, start_batch=start_batch)
     if not isinstance(source, Iterable):
         raise InputTypeError(
             f"input_fn ({describe(input_fn)}) should return a Dataset, a DataLoader or an iterable of batches; got "
@@ -48,7 +49,8 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
     return iter(source)
 
 
-def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int | None, seed: int) -> Iterator[Any]:
+def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int | None, seed: int,
+                     start_batch: int) -> Iterator[Any]:
     training = mode is ModeKeys.TRAIN
     if batch_size is None:
         raise InputError(f"a Dataset needs a batch size to be batched by; pass the batch size of mode {mode} to "
@@ -65,8 +67,11 @@ def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int |
     if not training:
         yield from DataLoader(dataset, batch_size=batch_size, generator=generator)
         return
-    epoch = 0
-    while num_rows:
-        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed + epoch))  # type: ignore[arg-type]
-        yield from DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=True, generator=generator)
-        epoch += 1
+    if num_rows == 0:
+        return
+    epoch, first = divmod(start_batch, num_rows // batch_size)
+    while True:
+        order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed + epoch))  # type: ignore[arg-type]
+        batches = list(BatchSampler(order, batch_size, drop_last=True))[first:]
+        yield from DataLoader(dataset, batch_sampler=batches, generator=generator)
+        epoch, first = epoch + 1, 0

@@ -25,6 +25,8 @@ def assemble(replica_tensors: Sequence[Mapping[str, Any]], rows: StepRows) -> di
     num_rows = rows.mask.shape[0]
 
     def join(parts: Sequence[Tensor]) -> Tensor:
+        if parts[0].ndim == 0:
+            return torch.stack(list(parts))
         joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if joined.shape[0] == num_rows and rows.num_rows < num_rows:
             return joined[rows.mask]
@@ -33,9 +35,7 @@ def assemble(replica_tensors: Sequence[Mapping[str, Any]], rows: StepRows) -> di
     joined: dict[str, Any] = {}
     for group, first in replica_tensors[0].items():
         parts = [tensors[group] for tensors in replica_tensors]
-        if isinstance(first, Tensor) and first.ndim == 0:
-            joined[group] = torch.stack(parts)
-        elif isinstance(first, Tensor):
+        if isinstance(first, Tensor):
             joined[group] = join(parts)
         elif isinstance(first, Mapping):
             joined[group] = {key: join([part[key] for part in parts]) for key in first}

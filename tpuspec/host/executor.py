@@ -72,7 +72,7 @@ class HostExecutor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        if error is None:
+        if error is None or isinstance(error, GeneratorExit):  # a predict() that its user closes
             self.close()
             return
         try:

@@ -85,10 +85,10 @@ def select_predictions(predictions: Any, predict_keys: Sequence[str] | None) -> 
     if not isinstance(predictions, Mapping):
         if predict_keys is not None:
             raise ConfigError("predict_keys argument is not valid in case of non-dict predictions.")
-        return _to_numpy(predictions[0] if isinstance(predictions, list) else predictions)
+        return to_numpy(predictions[0] if isinstance(predictions, list) else predictions)
     if predict_keys is None:
-        return {key: _to_numpy(tensor) for key, tensor in predictions.items()}
-    chosen = {key: _to_numpy(tensor) for key, tensor in predictions.items() if key in predict_keys}
+        return {key: to_numpy(tensor) for key, tensor in predictions.items()}
+    chosen = {key: to_numpy(tensor) for key, tensor in predictions.items() if key in predict_keys}
     if not chosen:
         raise ConfigError(f"Expected to run at least one output from {sorted(predictions)}; got predict_keys="
                           f"{list(predict_keys)}.")
@@ -111,6 +111,6 @@ def single_examples(predictions: Any) -> Iterator[Any]:
         yield {key: array[i] for key, array in predictions.items()}
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    # numpy has no bfloat16.
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Returns the values as an array; bfloat16, which numpy does not have, as float32."""
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).detach().numpy()

@@ -28,14 +28,12 @@ class Prepared:
       step: the step, ready to run.
       rehearsal: what the first spec says.
       copies: replicas that get the same rows: all of this host's in BROADCAST, else 1.
-      replica_batch_size: rows of one replica's batch; None without XLA where none was given.
     """
 
     batches: Iterator[HostBatch]
     step: CompiledStep
     rehearsal: Rehearsal
     copies: int
-    replica_batch_size: int | None
 
 
 class Preparation:
@@ -64,8 +62,12 @@ class Preparation:
             mode, config.tpu_config, global_batch_size=global_batch_size, num_hosts=topology.num_hosts,
             num_replicas=topology.num_replicas)
 
-    def run(self, input_fn: Callable[..., Any]) -> Prepared:
+    def run(self, input_fn: Callable[..., Any], *, start_step: int = 0) -> Prepared:
         """Calls input_fn, checks its first batch, and rehearses model_fn on it.
+
+        Args:
+          input_fn: the user's.
+          start_step: batches of a training Dataset that earlier steps have used.
 
         Raises:
           ConfigError, InputError, SpecError and kin: a rule is broken; nothing was compiled.
@@ -75,16 +77,15 @@ class Preparation:
         batches = InputPipeline(InputSettings(
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._on_xla,
-            seed=self._seed))
+            seed=self._seed, start_batch=start_step))
         first = next(batches)
         check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
         call = self._model_fn_call()
         rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])
         step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
         return Prepared(
-            batches=itertools.chain([first], batches), step=backend.compile_step(step, session.replicas),
-            rehearsal=rehearsal, copies=len(session.replicas) if self.plan.broadcast else 1,
-             replica_batch_size=self.plan.replica_batch_size)
+            batches=itertools.chain([first], batches), step=session.compiled_step(mode, step),
+            rehearsal=rehearsal, copies=len(session.replicas) if self.plan.broadcast else 1)
 
     def _model_fn_call(self) -> ModelFnCall:
         topology = self._session.backend.topology

@@ -50,5 +50,9 @@ class Saver:
             self._save(step)
         self._listeners.end(step)
 
+    def close(self) -> None:
+        """Waits for saves under way; nothing is saved afterwards."""
+        self._manager.close()
+
     def _save(self, step: int) -> bool:
         return self._listeners.around(step, lambda: self._manager.save(self._read_state()))

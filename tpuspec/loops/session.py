@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from tpuspec.checkpoint.restore import load_into_module
+from tpuspec.checkpoint.restore import check_fits, load_into_module
 from tpuspec.checkpoint.state import TrainingState
-from tpuspec.errors import CheckpointError, ConfigTypeError
-from tpuspec.spec.backend import Backend, Replica
+from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
+from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
+from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
 
 
@@ -39,12 +43,14 @@ class ModelSource:
         Raises:
           ConfigTypeError: the function returned no module.
         """
-        if self.model is None or isinstance(self.model, nn.Module):
-            return self.model
+        if self.model is None:
+            return None
+        if isinstance(self.model, nn.Module):
+            return check_materialized(self.model)
         module = self.model(copy.deepcopy(dict(self.params)))
         if not isinstance(module, nn.Module):
             raise ConfigTypeError(f"model must return a torch.nn.Module; got {type(module).__name__}.")
-        return module
+        return check_materialized(module)
 
     def build_optimizers(self, module: nn.Module | None) -> dict[str, torch.optim.Optimizer]:
         """Builds the optimizers over a placed module, by name; the name of a single one is ''.
@@ -63,6 +69,19 @@ class ModelSource:
         return optimizers
 
 
+def check_materialized(module: nn.Module) -> nn.Module:
+    """Returns a module whose parameters and buffers have their shapes.
+
+    Raises:
+      ConfigError: a lazy module has not seen a batch yet.
+    """
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(f"{name} of the model has no shape yet. Run one batch through a lazy module on the host, "
+                              "in the model function, before you return it.")
+    return module
+
+
 class Session:
     """One backend with the replicas of a model; lives as long as its Trainer.
 
@@ -78,6 +97,8 @@ class Session:
         self.global_step = 0
         self.has_state = False
         self._source = source
+        self._compiled: dict[ModeKeys, CompiledStep] = {}
+        self._num_lent = 0
         backend.seed(seed)
         self.replicas: list[Replica] = backend.place(source.build_model())
 
@@ -97,6 +118,44 @@ class Session:
             if not replica.optimizers:
                 replica.optimizers = self._source.build_optimizers(replica.model)
 
+    def compiled_step(self, mode: ModeKeys, step: StepFunction) -> CompiledStep:
+        """Returns the step of a mode, made ready on first use: one Trainer has one step a mode."""
+        if mode not in self._compiled:
+            self._compiled[mode] = self.backend.compile_step(step, self.replicas)
+        return self._compiled[mode]
+
+    def drop_gradients(self) -> None:
+        """Drops what an update that did not complete has accumulated."""
+        for replica in self.replicas:
+            if replica.model is not None:
+                replica.model.zero_grad(set_to_none=True)
+            for optimizer in replica.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+
+    def settle(self) -> None:
+        """After a step that failed: no gradients are left, and the devices count the steps that the host counts."""
+        self.drop_gradients()
+        self.set_global_step(self.global_step)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Notes that a predict() generator holds the model in eval() mode, perhaps with other weights."""
+        self._num_lent += 1
+        try:
+            yield
+        finally:
+            self._num_lent -= 1
+
+    def check_not_lent(self, verb: str) -> None:
+        """Checks that no predict() generator is open.
+
+        Raises:
+          ConfigError: one is.
+        """
+        if self._num_lent:
+            raise ConfigError(f"{verb} cannot go on while a predict() generator is open, which holds the model with "
+                              "its own weights and mode. Read the generator to its end, or close() it.")
+
     def set_training(self, training: bool) -> None:
         """Puts the modules into train() or eval() mode."""
         for replica in self.replicas:
@@ -107,13 +166,15 @@ class Session:
     def evaluating(self, seed: int) -> Iterator[None]:
         """Puts the modules into eval() mode; mode and random state are as before afterwards, so training goes on."""
         random_state = self.backend.rng_state()
-        was_training = self.module is not None and self.module.training
+        modes = [(part, part.training) for replica in self.replicas if replica.model is not None
+                 for part in replica.model.modules()]
         self.set_training(False)
         self.backend.seed(seed)
         try:
             yield
         finally:
-            self.set_training(was_training)
+            for part, training in modes:
+                part.training = training
             self.backend.set_rng_state(random_state)
 
     def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
@@ -125,7 +186,7 @@ class Session:
 
     def training_state(self, scaffold: Scaffold) -> TrainingState:
         """Reads everything that a later run goes on from."""
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.replicas[0].optimizers.items()}
+        optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
                              optimizers=_own(self.backend.fetch(optimizers)), extra={})
 
@@ -148,19 +209,20 @@ class Session:
         """Loads module, optimizers and global step.
 
         Raises:
-          CheckpointError: they do not fit; nothing was loaded then of the optimizers.
+          CheckpointError: they do not fit; nothing was loaded then.
         """
+        if self.module is not None and scaffold.restore is None:
+            check_fits(self.module, state.model)
         names = set(self.replicas[0].optimizers)
         if names != set(state.optimizers):
             raise CheckpointError(f"Restoring from checkpoint failed: it holds the optimizers "
                                   f"{sorted(state.optimizers)}, the Trainer has {sorted(names)}, a mismatch.")
+        for name, optimizer in self.replicas[0].optimizers.items():
+            check_optimizer_state(name, optimizer, state.optimizers[name])
         self.load_model(state.model, scaffold)
         for replica in self.replicas:
             for name, optimizer in replica.optimizers.items():
-                try:
-                    optimizer.load_state_dict(state.optimizers[name])
-                except (ValueError, KeyError) as error:
-                    raise CheckpointError(f"Restoring from checkpoint failed: optimizer {name!r}: {error}") from error
+                load_optimizer(name, optimizer, state.optimizers[name], tell=replica is self.replicas[0])
         self.set_global_step(state.global_step)
 
     def set_global_step(self, step: int) -> None:
@@ -169,10 +231,6 @@ class Session:
         for replica in self.replicas:
             with torch.no_grad():
                 replica.global_step.copy_(torch.tensor([step]))
-
-    def close(self) -> None:
-        """Waits for the devices."""
-        self.backend.close()
 
 
 def _own(tree: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,14 +120,13 @@ def check_optimizer(train_op: TrainOp, replica: Replica, num_replicas: int) -> N
         raise SpecError("CrossShardOptimizer must be used for model training on TPUs.")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep:
     """A training step: forward, backward, update, and the tensors for the host."""
 
     call: ModelFnCall
-    _micro_steps: dict[int, int] = field(default_factory=dict)
 
-    def __call__(self, replica: Replica, batch: Batch) -> StepOutput:
+    def __call__(self, replica: Replica, batch: Batch, micro_step: int) -> StepOutput:
         """Runs one batch's share of an update on one replica.
 
         Raises:
@@ -136,22 +135,23 @@ class TrainStep:
         spec = self.call(replica, batch)
         self.call.check_tensors(spec)
         assert spec.loss is not None, "checked by the spec in mode TRAIN"
-        is_update = self._run_train_op(spec, replica)
+        is_update = self._run_train_op(spec, replica, micro_step)
         if is_update:
             with torch.no_grad():
                 replica.global_step.add_(1)
         tensors: dict[str, Any] = {"loss": spec.loss.detach()}
         return _output(tensors, spec, self.call, is_update=is_update)
 
-    def _run_train_op(self, spec: Spec, replica: Replica) -> bool:
+    def _run_train_op(self, spec: Spec, replica: Replica, micro_step: int) -> bool:
         train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
         if not isinstance(train_op, TrainOp):
             train_op()
             return True
         check_optimizer(train_op, replica, self.call.num_replicas)
-        micro_step = self._micro_steps.get(replica.ordinal, 0)
         is_update = train_op.run(micro_step)
-        self._micro_steps[replica.ordinal] = 0 if is_update else micro_step + 1
+        if is_update and replica.model is not None:
+            # Also of parameters that this optimizer does not have: nothing else would ever drop theirs.
+            replica.model.zero_grad(set_to_none=True)
         return is_update
 
 
@@ -161,7 +161,7 @@ class ForwardStep:
 
     call: ModelFnCall
 
-    def __call__(self, replica: Replica, batch: Batch) -> StepOutput:
+    def __call__(self, replica: Replica, batch: Batch, micro_step: int) -> StepOutput:
         """Runs one batch on one replica."""
         with torch.no_grad():
             spec = self.call(replica, batch)

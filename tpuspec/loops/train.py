@@ -62,10 +62,12 @@ class TrainLoop:
         with self.hooks:
             try:
                 return self._run()
-            except Exception:
+            except BaseException:
                 # Steps that were completed are told to the host; an error of that adds nothing to the first.
                 with contextlib.suppress(Exception):
                     self.drain.flush()
+                with contextlib.suppress(Exception):
+                    self.session.settle()
                 raise
 
     def _run(self) -> bool:
@@ -74,6 +76,7 @@ class TrainLoop:
             context.request_stop()
         while not (input_ended or context.stop_requested) and (
                 size := self.sizer.next_size(session.global_step)):
+            session.check_not_lent("train()")
             self.hooks.before_run(session.global_step)
             begun, first = self.clock(), session.global_step
             input_ended, last_outputs = self._run_steps(size)
@@ -109,9 +112,10 @@ class TrainLoop:
             batch = next(self.batches, None)
             if batch is None:
                 if micro_steps:
+                    self.session.drop_gradients()
                     logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
                                    len(micro_steps))
                 return None
             num_rows += batch.rows.num_rows
-            micro_steps.append(self.step(self.session.backend.feed(batch.replicas)))
+            micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))
         return join_micro_steps(micro_steps), StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)

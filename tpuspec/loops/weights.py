@@ -31,8 +31,8 @@ def restore_for_training(session: Session, store: CheckpointStore, scaffold: Sca
         for replica in session.replicas:
             if replica.model is not None:
                 scaffold.init_fn(replica.model)
-    session.has_state = True
     check_ready(session, scaffold)
+    session.has_state = True
     return saved_step == session.global_step
 
 
@@ -81,15 +81,15 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
         tensors, step = state.model, state.global_step
     elif live_step is not None and (trained is not session or scaffold.restore is not None):
         assert trained is not None
-        tensors, step = trained.model_state(), live_step
+        tensors, step = trained.model_state(scaffold), live_step
     else:
         check_ready(session, scaffold)
         yield evaluated
         return
     own = session.model_state()
-    session.load_model(tensors, scaffold)
-    session.set_global_step(step)
     try:
+        session.load_model(tensors, scaffold)
+        session.set_global_step(step)
         check_ready(session, scaffold)
         yield evaluated
     finally:

@@ -24,7 +24,8 @@ class NativeBackend:
     step_kind = "eager"
 
     def __init__(self) -> None:
-        self.topology = Topology(platform="CPU", devices=("cpu",), reason="use_tpu=False: plain PyTorch")
+        self.topology = Topology(
+            platform="CPU", devices=("cpu",), num_replicas_per_host=1, reason="use_tpu=False: plain PyTorch")
 
     def place(self, model: nn.Module | None) -> list[Replica]:
         """Returns the one replica around the module itself, on the CPU."""
@@ -46,8 +47,8 @@ class NativeBackend:
         torch.set_rng_state(state.host)
 
     def feed(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Returns the tensors as they are, in containers of their own that model_fn may change."""
-        return [batch.map(lambda tensor: tensor) for batch in batches]
+        """Copies the tensors, as a transfer does: the input may use its memory again before the host half reads it."""
+        return [batch.map(torch.clone) for batch in batches]
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
         """Wraps the step; nothing is compiled."""
@@ -74,9 +75,6 @@ class NativeBackend:
         """Returns the tensor of the one replica."""
         return tensor
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerStep:
@@ -86,10 +84,11 @@ class EagerStep:
     step: StepFunction
     replicas: tuple[Replica, ...]
 
-    def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Runs one step on each replica's batch."""
         with reduce_with(self.backend):
-            return [self.step(replica, batch) for replica, batch in zip(self.replicas, batches, strict=True)]
+            return [self.step(replica, batch, micro_step)
+                    for replica, batch in zip(self.replicas, batches, strict=True)]
 
     def publish(self) -> None:
         """State is always readable."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from tpuspec.config import RunConfig
+from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.spec.backend import Backend
@@ -30,6 +30,8 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     num_workers = config.cluster.num_workers
     if num_workers > 1:
         raise ConfigError(f"this version of tpuspec drives one process; WORLD_SIZE={num_workers}. Start one process.")
+    if config.capture is CaptureMode.require:
+        raise ConfigError("capture=require: this version of tpuspec traces every step. Set capture=auto.")
     if not use_tpu:
         return NativeBackend()
     platform, reason = choose_platform()

@@ -17,7 +17,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tpuspec.config import CaptureMode, RunConfig
+from tpuspec.config import RunConfig
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.topology import count_replicas
@@ -44,10 +44,8 @@ class XlaReplicas:
 
         Raises:
           DeviceError: no device, or the client runs on another platform or with other devices.
-          ConfigError: num_shards or num_cores_per_replica do not fit the devices, or capture is required.
+          ConfigError: num_shards or num_cores_per_replica do not fit the devices.
         """
-        if config.capture is CaptureMode.require:
-            raise ConfigError("capture=require: this version of tpuspec traces every step. Set capture=auto.")
         already_runs = torch_xla._XLAC._xla_runtime_is_initialized()
         try:
             num_devices = xr.addressable_device_count()
@@ -66,13 +64,17 @@ class XlaReplicas:
                 f"The XLA client of this process already runs with {num_devices} CPU devices; CPU_NUM_DEVICES="
                 f"{_wanted_cpu_devices()} came too late. Set it before the first XLA call of the process.")
         num_replicas = count_replicas(config.tpu_config, num_devices=num_devices, num_devices_per_host=num_devices)
+        if (config.tpu_config.num_cores_per_replica or 1) > 1 or config.tpu_config.input_partition_dims is not None:
+            raise ConfigError("this version of tpuspec keeps each replica on one device. Leave num_cores_per_replica "
+                              "and input_partition_dims None.")
         if num_replicas > 1:
             raise ConfigError(
                 f"this version of tpuspec drives one device; {num_devices} were found and num_shards={shards}. "
                 "Set TPUConfig(num_shards=1)" + (" or CPU_NUM_DEVICES=1." if hardware == "CPU" else "."))
         devices = [torch_xla.device(i) for i in range(num_replicas)]
         names = tuple(f"{hardware}:{i}" for i in range(num_replicas))
-        return cls(devices, Topology(platform=hardware, devices=names, reason=reason))
+        return cls(devices, Topology(
+            platform=hardware, devices=names, num_replicas_per_host=num_replicas, reason=reason))
 
     def place(self, model: nn.Module | None) -> list[Replica]:
         """Moves the module to the device."""
@@ -123,6 +125,9 @@ class XlaReplicas:
                 return fn()
         finally:
             self.set_rng_state(random_state)
+            if replica.model is not None and (buffers := list(replica.model.buffers())):
+                # Makes the written-back buffers plain device data: the first step's graph is then that of all others.
+                torch_xla._XLAC._xla_sync_multi(buffers, [str(replica.device)], False, True)
 
     def fetch(self, tree: T) -> T:
         """Copies every XLA tensor of the structure to the host in one transfer."""
@@ -141,10 +146,6 @@ class XlaReplicas:
         """Returns the tensor of the one replica."""
         return tensor
 
-    def close(self) -> None:
-        """Waits for what was dispatched."""
-        xm.wait_device_ops(list(self.topology.devices))
-
 
 def _wanted_cpu_devices() -> int:
     return int(os.environ.get("CPU_NUM_DEVICES", "1"))
@@ -158,12 +159,13 @@ class TracedStep:
     step: StepFunction
     replicas: tuple[Replica, ...]
 
-    def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step on each replica's batch; does not wait for it."""
         # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
         # device if that was before the client started.
         with reduce_with(self.backend), torch.autograd.set_multithreading_enabled(False):
-            outputs = [self.step(replica, batch) for replica, batch in zip(self.replicas, batches, strict=True)]
+            outputs = [self.step(replica, batch, micro_step)
+                       for replica, batch in zip(self.replicas, batches, strict=True)]
         torch_xla.sync()
         return outputs
 

@@ -20,7 +20,8 @@ class Topology:
 
     Attributes:
       platform: 'TPU', 'CPU', 'CUDA'.
-      devices: this host's devices, one name a replica.
+      devices: names of this host's devices.
+      num_replicas_per_host: model copies of one host; fewer than devices where a copy spans several.
       num_hosts: processes with devices.
       host_index: this process among them.
       reason: why this platform was chosen, for the banner.
@@ -28,6 +29,7 @@ class Topology:
 
     platform: str
     devices: tuple[str, ...]
+    num_replicas_per_host: int
     num_hosts: int = 1
     host_index: int = 0
     reason: str = ""
@@ -35,12 +37,7 @@ class Topology:
     @property
     def num_replicas(self) -> int:
         """Model copies over all hosts."""
-        return len(self.devices) * self.num_hosts
-
-    @property
-    def num_replicas_per_host(self) -> int:
-        """Model copies of one host."""
-        return len(self.devices)
+        return self.num_replicas_per_host * self.num_hosts
 
     @property
     def is_chief(self) -> bool:
@@ -80,15 +77,21 @@ class Replica:
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
 
-StepFunction = Callable[[Replica, Batch], StepOutput]
-"""One step of one replica, in terms of device tensors only."""
+StepFunction = Callable[[Replica, Batch, int], StepOutput]
+"""One step of one replica, in terms of device tensors only; the int is the batch's number within an update, 0 unless
+gradients accumulate."""
 
 
 class CompiledStep(Protocol):
     """A step made ready to run on every local replica."""
 
-    def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
-        """Dispatches one step on device batches, one a local replica; does not wait for it."""
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
+        """Dispatches one step on device batches, one a local replica; does not wait for it.
+
+        Args:
+          batches: as `Backend.feed` returned them.
+          micro_step: number of these batches within an update, while gradients accumulate.
+        """
         ...
 
     def publish(self) -> None:
@@ -152,8 +155,4 @@ class Backend(Protocol):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Inside a step: concatenates a tensor over all replicas along axis 0, in replica order."""
-        ...
-
-    def close(self) -> None:
-        """Waits for what was dispatched and lets the devices go."""
         ...

@@ -41,7 +41,7 @@ class FakeBackend(NativeBackend):
 
     def __init__(self, num_replicas: int = 2, static_shapes: bool = True) -> None:
         self.topology = Topology(platform="CPU", devices=tuple(f"fake:{i}" for i in range(num_replicas)),
-                                 reason="a fake for tests")
+                                 num_replicas_per_host=num_replicas, reason="a fake for tests")
         self.static_shapes = static_shapes
         self.events: list[str] = []
         self.fed: list[list[Batch]] = []
@@ -97,9 +97,6 @@ class FakeBackend(NativeBackend):
         self._check_alone("gather")
         return tensor
 
-    def close(self) -> None:
-        self.events.append("close")
-
     def _check_alone(self, verb: str) -> None:
         if self.topology.num_replicas > 1:
             raise SpecUsageError(f"FakeBackend runs its {self.topology.num_replicas} replicas one after the other and "
@@ -112,10 +109,11 @@ class _FakeStep:
     step: StepFunction
     replicas: tuple[Replica, ...]
 
-    def __call__(self, batches: Sequence[Batch]) -> list[StepOutput]:
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         self.backend.events.append("step")
         with reduce_with(self.backend):
-            return [self.step(replica, batch) for replica, batch in zip(self.replicas, batches, strict=True)]
+            return [self.step(replica, batch, micro_step)
+                    for replica, batch in zip(self.replicas, batches, strict=True)]
 
     def publish(self) -> None:
         self.backend.events.append("publish")
