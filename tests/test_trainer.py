@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -404,7 +408,8 @@ def test_summaries_of_training_and_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, save_summary_steps=5, log_step_count_steps=10)
     trainer.train(rows_input(), max_steps=22)
     trainer.evaluate(rows_input(), name="held out")
-    assert scalars(tmp_path) == {"loss": [5, 10, 15, 20, 22], "global_step/sec": [10, 20], "examples/sec": [10, 20]}
+    assert scalars(tmp_path) == {
+        "loss": [5, 10, 15, 20, 22], "global_step/sec": [10, 20, 22], "examples/sec": [10, 20, 22]}
     assert scalars(tmp_path / "eval_held out") == {"mean_error": [22], "loss": [22], "checkpoint_path": [22]}
 
 
@@ -729,3 +734,69 @@ def test_a_lazy_module_is_refused_with_the_mend(tmp_path):
     trainer = make_trainer(tmp_path, model=lambda params: nn.LazyLinear(1))
     with pytest.raises(ConfigError, match="weight of the model has no shape yet. Run one batch"):
         trainer.train(rows_input(), max_steps=2)
+
+
+@pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_training_after_a_save_of_the_last_finished_step(number, exception, tmp_path, capsys):
+    def host_call(global_step, loss):
+        if int(global_step[0]) == 5:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    trainer = make_trainer(tmp_path, params={"host_call": host_call}, iterations_per_loop=1000, show_progress=True)
+    with pytest.raises(exception) as caught:
+        trainer.train(rows_input(), max_steps=1_000_000)
+    assert exception is KeyboardInterrupt or caught.value.code == 143
+    step = trainer.global_step()
+    assert 6 <= step < 1000
+    assert trainer.latest_checkpoint() == str(tmp_path / f"checkpoint-{step}")
+    assert f"stopped at step {step}" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_training_at_once(tmp_path):
+    calls = []
+
+    def input_fn(params):
+        for i in itertools.count():
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                calls.append("first")
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+                calls.append("not at once")
+            yield regression_rows(4).tensors
+
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        trainer.train(input_fn, max_steps=100)
+    assert calls == ["first"]
+
+
+def test_a_short_run_reports_its_last_step_too(tmp_path, capsys):
+    make_trainer(tmp_path, show_progress=True).train(rows_input(), max_steps=5)
+    assert "step 5/5" in capsys.readouterr().out
+    assert scalars(tmp_path) == {"loss": [5], "global_step/sec": [5], "examples/sec": [5]}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, r"optimizer must be a function of \(model, params\)"),
+    ({"model": 5}, "model must be a function of params, or a torch.nn.Module; got int"),
+    ({"model": None}, "optimizer needs a model"),
+])
+def test_factories_of_the_wrong_kind_are_refused_at_construction(arguments, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make_trainer(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("size", [1.5, -4])
+def test_a_batch_size_that_could_not_work_is_refused_without_xla_too(size, tmp_path):
+    trainer = make_trainer(tmp_path, batch_size=size, use_tpu=False)
+    with pytest.raises((TypeError, ValueError), match=f"the batch size of mode 'train' must be .*; got {size}"):
+        trainer.train(rows_input(), max_steps=2)
+
+
+def test_float64_input_is_warned_of(tmp_path, caplog):
+    make_trainer(tmp_path, lambda features, mode, params, model: TPUEstimatorSpec(
+        mode, loss=model(features.float()).squeeze(1))).evaluate(lambda params: [np.zeros((4, 1))])
+    assert "input_fn yields float64" in caplog.text

@@ -118,8 +118,11 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
     """Returns a copy of the config with the folder of the run: given here, there, or a temporary one.
 
     Raises:
+      ConfigTypeError: no path.
       ConfigError: both are given and differ, or it is no local folder.
     """
+    if model_dir is not None and not isinstance(model_dir, str | os.PathLike):
+        raise ConfigTypeError(f"model_dir must be a path; got {model_dir!r}.")
     given = os.fspath(model_dir) if model_dir is not None else ""
     if given and config.model_dir is not None and given != config.model_dir:
         raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
@@ -145,3 +148,20 @@ def check_name(name: object) -> str:
         raise ConfigError("name must be 1 to 100 letters, digits, '_', '-', '.' or spaces, and start with a letter, "
                           f"digit or '_': it names a folder; got {name!r}.")
     return name
+
+
+def check_factories(model: object, optimizer: object) -> None:
+    """Checks what the Trainer builds the model and its optimizers from.
+
+    Raises:
+      ConfigTypeError: neither a function nor, for the model, a module.
+      ConfigError: an optimizer without a model.
+    """
+    if model is not None and not callable(model):
+        raise ConfigTypeError(f"model must be a function of params, or a torch.nn.Module; got {type(model).__name__}.")
+    if optimizer is not None and not callable(optimizer):
+        raise ConfigTypeError(
+            "optimizer must be a function of (model, params), because the model moves to its device first; got "
+            f"{type(optimizer).__name__}. Pass lambda model, params: torch.optim.SGD(model.parameters(), ...).")
+    if optimizer is not None and model is None:
+        raise ConfigError("optimizer needs a model to optimize: pass model=function of params, or a torch.nn.Module.")

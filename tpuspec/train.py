@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -29,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     started = datetime.now().astimezone()
     environment = describe_environment(argv, version=tpuspec.__version__, started=started)
-    return launch(argv, lambda job: run(job, environment), version=tpuspec.__version__, now=started)
+    try:
+        return launch(argv, lambda job: run(job, environment), version=tpuspec.__version__, now=started)
+    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:

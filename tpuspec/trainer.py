@@ -27,6 +27,7 @@ from tpuspec.host.metric_state import MetricState
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
 from tpuspec.loops.host_work import EvalWork, TrainWork
+from tpuspec.loops.interruption import stop_on_signals
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation, Prepared
@@ -81,9 +82,9 @@ class Trainer:
         check_model_fn(model_fn, params_given=params is not None)
         self._config = arguments.resolve_model_dir(model_dir, checked)
         self._params = copy.deepcopy(dict(params or {}))
-        sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size, ModeKeys.PREDICT: predict_batch_size}
-        # numpy's ints are not torch's.
-        self._batch_sizes = {mode: None if size is None else int(size) for mode, size in sizes.items()}
+        arguments.check_factories(model, optimizer)
+        self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
+                             ModeKeys.PREDICT: predict_batch_size}
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
         self._source = ModelSource(model=model, optimizer=optimizer, params=self._params)
@@ -157,6 +158,8 @@ class Trainer:
         Raises:
           ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
           HostCallError: host_call raised; names the step.
+          KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; raised after the step under way was finished and the
+            last checkpoint saved. A second signal ends training at once.
           Exception: of input_fn, model_fn or a hook, as it is.
         """
         if self._is_training:
@@ -212,24 +215,29 @@ class Trainer:
         self._banner(session)
         with contextlib.closing(create_file_writer(self.model_dir)) as writer:
             work = TrainWork(
-                writer=writer, progress=progress, step_kind=session.backend.step_kind, start_step=first_step,
+                writer=writer, progress=progress, step_kind=session.backend.step_kind,
                 host_call_every=config.tpu_config.host_call_every_n_steps, summary_every=config.save_summary_steps,
                 log_every=config.log_step_count_steps)
             progress.start("train", last_step)
             self._is_training = True
+            context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
             try:
-                with HostExecutor(config.host_queue_size) as executor:
+                with (stop_on_signals(context.request_stop) as interruption,
+                      HostExecutor(config.host_queue_size) as executor):
                     input_ended = TrainLoop(
                         session=session, step=prepared.step, batches=prepared.batches,
                         sizer=LoopSizer(length, last_step), saver=saver, restored=restored,
                         drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies),
-                        hooks=HookRunner(hooks, HookContext(mode=ModeKeys.TRAIN, model=session.module), writer=writer),
-                    ).run()
+                        hooks=HookRunner(hooks, context, writer=writer)).run()
             finally:
                 self._is_training = False
-                progress.stop()
                 work.finish()
+                progress.stop()
                 saver.close()
+        if interruption.signal is not None:
+            progress.message(f"interrupted: stopped at step {session.global_step}, newest checkpoint "
+                             f"{self.latest_checkpoint()}. The next train() goes on from there.")
+            interruption.end()
         if input_ended and last_step is not None:
             progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a Dataset, or "
                              "repeat the batches in input_fn, to train on.")
@@ -263,6 +271,7 @@ class Trainer:
         preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
         arguments.check_eval_steps(steps, on_xla=on_xla)
         session.check_not_lent("evaluate()")
+        self._store.check_writable()
         folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
             stack.enter_context(session.evaluating(self._seed))
@@ -353,9 +362,13 @@ class Trainer:
         return SavePolicy(steps, seconds)
 
     def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
+        size = self._batch_sizes[mode]
+        if size is not None:
+            arguments.check_positive_int(f"the batch size of mode {str(mode)!r}", size)
+            size = int(size)  # numpy's ints are not torch's
         return Preparation(
             model_fn=self._model_fn, params=self._params, config=self._config, session=session, mode=mode,
-            global_batch_size=self._batch_sizes[mode], on_xla=on_xla, seed=self._seed)
+            global_batch_size=size, on_xla=on_xla, seed=self._seed)
 
     def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold,
                  ) -> contextlib.AbstractContextManager[str | None]:

@@ -102,9 +102,9 @@ class TestLossMean:
 
 
 def train_work(writer: MemoryWriter, *, every: int = 1, summary_every: int | None = None, log_every: int | None = None,
-               start_step: int = 0, clock: ManualClock | None = None) -> TrainWork:
+               clock: ManualClock | None = None) -> TrainWork:
     return TrainWork(writer=writer, progress=Progress(enabled=False), step_kind="eager", host_call_every=every,
-                     summary_every=summary_every, log_every=log_every, start_step=start_step,
+                     summary_every=summary_every, log_every=log_every,
                      clock=clock or ManualClock())
 
 
@@ -116,7 +116,7 @@ def values(writer: MemoryWriter, name: str) -> list[tuple[int, float]]:
     (1, 0, [0, 1, 2, 3, 4, 5]), (2, 0, [0, 2, 4]), (4, 0, [0, 4]), (2, 3, [4, 6, 8]), (10, 3, [])])
 def test_host_call_runs_on_every_nth_global_step_counted_before_its_update(every, start, expected):
     seen: list[int] = []
-    work = train_work(MemoryWriter(), every=every, start_step=start)
+    work = train_work(MemoryWriter(), every=every)
     functions = HostFunctions(host_call=lambda step: seen.append(step.item()))
     for step in range(start + 1, start + 7):
         work(drained(step, rows(1, 1), functions, loss=t(1), host_call=[torch.tensor([step - 1])]))
@@ -164,7 +164,7 @@ def test_host_08_without_summary_steps_nothing_is_written(none):
 
 def test_host_08_throughput_counts_steps_and_real_rows_since_the_measurement_before():
     writer, clock = MemoryWriter(), ManualClock()
-    work = train_work(writer, summary_every=100, log_every=2, start_step=10, clock=clock)
+    work = train_work(writer, summary_every=100, log_every=2, clock=clock)
     for step in range(11, 15):
         clock.advance(0.5 if step < 13 else 0.25)
         work(drained(step, rows(1, 1, 1), loss=t(1)))

@@ -6,6 +6,7 @@ import torch
 
 from recipes import digits
 from tpuspec import ModeKeys
+from tpuspec.host.metric_state import MetricState
 
 PARAMS = {"width": 4, "dropout": 0.25, "learning_rate": 0.002, "weight_decay": 0.01}
 
@@ -76,11 +77,10 @@ def test_eval_loss_is_per_example_and_metrics_have_their_names():
 def test_metrics_are_accuracy_and_recall_of_each_class():
     labels = torch.tensor([0, 0, 1, 9])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 9]), 10).float()
-    values = {}
-    for name, (metric, update) in digits.metric_fn(labels, logits).items():
-        metric.update(*update)
-        values[name] = metric.compute()
-    assert values["accuracy"].item() == 0.75
+    state = MetricState()
+    state.update(digits.metric_fn(labels, logits), num_rows=4)
+    values = state.compute()
+    assert values["accuracy"] == 0.75
     assert values["recall_per_class"].tolist() == [0.5, 1, 0, 0, 0, 0, 0, 0, 0, 1]
 
 

@@ -44,17 +44,31 @@ class CheckpointStore:
         Raises:
           ConfigError: model_dir is no folder, or cannot be written.
         """
+        self.check_writable()
+        try:
+            sweep(self.model_dir, is_complete)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def check_writable(self) -> None:
+        """Makes the folder and proves that it can be written.
+
+        Raises:
+          ConfigError: model_dir is no folder, or cannot be written.
+        """
         probe = self.model_dir / f".probe-{os.getpid()}"
         try:
             self.model_dir.mkdir(parents=True, exist_ok=True)
             # Permission bits say nothing to root, or of a read-only mount; a write does.
             probe.write_bytes(b"tpuspec")
             probe.unlink()
-            sweep(self.model_dir, is_complete)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model_dir must be a folder that can be written; {str(self.model_dir)!r} is not: {error}. Mend its "
-                "permissions, or set another model_dir.") from error
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"model_dir must be a folder that can be written; {str(self.model_dir)!r} is not: {error}. Mend its "
+            "permissions, or set another model_dir.")
 
     def path(self, step: int) -> Path:
         """Returns the folder of the checkpoint of `step`, whether it exists or not."""

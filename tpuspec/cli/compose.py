@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tpuspec.cli.choices import GROUP, PACKAGED_CONFIGS, Choice, check_choice, find_choices, format_choices
 from tpuspec.cli.explain import ALLOW, COMPOSITION_ERRORS, explained, unknown_key
-from tpuspec.cli.schema import RunSettings, TrainConfig, check_settings, register_schema
+from tpuspec.cli.schema import RunSettings, TrainConfig, check_settings, register_schema, run_config
 from tpuspec.cli.targets import allowed_prefixes
 from tpuspec.config import TPUConfig
 from tpuspec.errors import ConfigError
@@ -229,5 +229,9 @@ def _job(draft: _Draft, prefixes: tuple[str, ...], given: list[str], *, multirun
     if not settings.model_dir or "://" in settings.model_dir or "\0" in settings.model_dir:
         raise ConfigError(f"model_dir must be a folder of this machine; got {settings.model_dir!r}.")
     check_settings(settings, given)
+    # The record says what the run will do: the distance between checkpoints that RunConfig makes of its defaults.
+    resolved = run_config(settings)
+    config.run.save_checkpoints_steps = resolved.save_checkpoints_steps
+    config.run.save_checkpoints_secs = resolved.save_checkpoints_secs
     return Job(name=_folder_name(number, draft.swept) if multirun else "", settings=settings, prefixes=prefixes,
                resolved=OmegaConf.to_yaml(config))

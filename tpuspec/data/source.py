@@ -20,8 +20,8 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
     """Returns an iterator over the batches of what input_fn returned.
 
     A map-style Dataset is batched here. In TRAIN it is shuffled by seed and epoch, repeated without end, and a short
-    last batch is dropped; a run that goes on from a step goes on with the batches behind it. An IterableDataset is batched
-    and read once. A DataLoader, or any other iterable, yields batches as it is.
+    last batch is dropped; a run that goes on from a step goes on with the batches behind it. An IterableDataset is
+    batched and read once. A DataLoader, or any other iterable, yields batches as it is.
 
     Args:
       source: what input_fn returned.

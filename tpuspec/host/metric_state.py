@@ -29,6 +29,8 @@ def check_metric_names(results: object) -> None:
     if not isinstance(results, Mapping):
         raise SpecTypeError(f"metric_fn must return a dict of name -> metric; got {type(results).__name__}.")
     for name, value in results.items():
+        if not isinstance(name, str):
+            raise SpecTypeError(f"metric_fn must return names that are str; got {name!r}.")
         if name in RESERVED_NAMES:
             raise SpecError(f"Metric with name `{name}` is not allowed, because Estimator already defines a default "
                             "metric with the same name. Rename it.")

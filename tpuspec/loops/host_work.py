@@ -45,12 +45,11 @@ class TrainWork:
       host_call_every: host_call runs on every n-th global step.
       summary_every: steps between summaries; None or 0 for none.
       log_every: steps between throughput measurements; None or 0 for none.
-      start_step: global step that the run starts from.
       clock: seconds.
     """
 
     def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, host_call_every: int,
-                 summary_every: int | None, log_every: int | None, start_step: int,
+                 summary_every: int | None, log_every: int | None,
                  clock: Callable[[], float] = time.perf_counter) -> None:
         self._writer = writer
         self._progress = progress
@@ -59,16 +58,16 @@ class TrainWork:
         self._summary_every = summary_every
         self._log_every = log_every
         self._clock = clock
-        self._last = (start_step, clock())
+        self._window: tuple[int, float] | None = None
         self._rows = 0
         self._rates: tuple[float | None, float | None] = (None, None)
-        self._unwritten: tuple[int, float] | None = None
+        self._newest: tuple[int, float] | None = None
+        self._logged_step = self._written_step = -1
 
     def __call__(self, step: DrainedStep) -> None:
         """Does one step's work."""
         loss = step.tensors["loss"].double().mean().item()
-        self._rows += step.rows.num_rows
-        self._report(step.step, loss)
+        self._report(step, loss)
         host_call = step.functions.host_call
         # Counted in global steps, from the value before the update: 0, n, 2n, ...
         if host_call is not None and (step.step - 1) % self._host_call_every == 0:
@@ -77,34 +76,50 @@ class TrainWork:
                                   global_step=step.step - 1)
 
     def finish(self) -> None:
-        """Writes the last step's loss, if it is not written yet, and brings the writer up to date."""
-        if self._unwritten is not None:
-            step, loss = self._unwritten
-            self._writer.scalar("loss", loss, step)
-            self._unwritten = None
-        self._writer.flush()
+        """Reports the last step, as far as it is not reported yet, and brings the writer up to date."""
+        if self._newest is not None:
+            step, loss = self._newest
+            if self._log_every and self._logged_step != step:
+                self._log(step, loss)
+            if self._summary_every and self._written_step != step:
+                self._write_loss(step, loss)
 
-    def _report(self, step: int, loss: float) -> None:
-        if self._log_every and step % self._log_every == 0:
-            self._measure(step)
-            self._progress.update(step, loss=loss, steps_per_second=self._rates[0],
-                                  examples_per_second=self._rates[1], step_kind=self._step_kind)
+    def _report(self, step: DrainedStep, loss: float) -> None:
+        self._newest = (step.step, loss)
+        if self._window is None:
+            # Rates count from the end of the first step, which compiles.
+            self._window = (step.step, self._clock())
+        else:
+            self._rows += step.rows.num_rows
+        if self._log_every and step.step % self._log_every == 0:
+            self._log(step.step, loss)
         elif self._log_every and self._progress.is_live:
-            self._progress.update(step, loss=loss, steps_per_second=self._rates[0],
-                                  examples_per_second=self._rates[1], step_kind=self._step_kind)
-        if self._summary_every:
-            self._unwritten = (step, loss)
-            if step % self._summary_every == 0:
-                self.finish()
+            self._show(step.step, loss)
+        if self._summary_every and step.step % self._summary_every == 0:
+            self._write_loss(step.step, loss)
 
-    def _measure(self, step: int) -> None:
-        (last_step, last_time), now = self._last, self._clock()
-        seconds = max(now - last_time, 1e-9)
-        steps_per_second, examples_per_second = (step - last_step) / seconds, self._rows / seconds
-        self._last, self._rows, self._rates = (step, now), 0, (steps_per_second, examples_per_second)
-        if self._summary_every:
-            self._writer.scalar("global_step/sec", steps_per_second, step)
-            self._writer.scalar("examples/sec", examples_per_second, step)
+    def _log(self, step: int, loss: float) -> None:
+        """Measures the rates since the last time, writes them, and shows them with the loss."""
+        self._logged_step = step
+        assert self._window is not None, "set by the first step"
+        (first_step, first_time), now = self._window, self._clock()
+        if step > first_step and now > first_time:
+            seconds = now - first_time
+            self._rates = ((step - first_step) / seconds, self._rows / seconds)
+            self._window, self._rows = (step, now), 0
+            if self._summary_every:
+                self._writer.scalar("global_step/sec", self._rates[0], step)
+                self._writer.scalar("examples/sec", self._rates[1], step)
+        self._show(step, loss)
+
+    def _show(self, step: int, loss: float) -> None:
+        self._progress.update(step, loss=loss, steps_per_second=self._rates[0], examples_per_second=self._rates[1],
+                              step_kind=self._step_kind)
+
+    def _write_loss(self, step: int, loss: float) -> None:
+        self._written_step = step
+        self._writer.scalar("loss", loss, step)
+        self._writer.flush()
 
 
 class EvalWork:

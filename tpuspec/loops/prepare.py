@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from tpuspec.config import RunConfig
 from tpuspec.data.context import TPUContext
@@ -17,6 +21,18 @@ from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
 from tpuspec.spec.backend import CompiledStep
 from tpuspec.spec.functions import check_model_fn_call
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.results import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_mixed_precision(batch: Batch, module: nn.Module | None) -> None:
+    """Warns of float64 input for a model that has no float64 parameter: XLA's compiler refuses to mix them."""
+    dtypes = {p.dtype for p in module.parameters()} if module is not None else set()
+    if dtypes and torch.float64 not in dtypes and any(t.dtype == torch.float64 for t in batch.tensors()):
+        logger.warning("input_fn yields float64, which is numpy's default, and the model's parameters are %s. XLA does "
+                       "not mix them: cast in input_fn, array.astype('float32'), or in model_fn.",
+                       ", ".join(sorted(map(str, dtypes))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +95,7 @@ class Preparation:
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._on_xla,
             seed=self._seed, start_batch=start_step))
         first = next(batches)
+        warn_of_mixed_precision(first.replicas[0], session.module)
         check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
         call = self._model_fn_call()
         rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])

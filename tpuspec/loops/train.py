@@ -96,6 +96,8 @@ class TrainLoop:
         """Dispatches up to `num_steps` updates; returns whether the input ended, and the last outputs."""
         outputs: list[StepOutput] = []
         for _ in range(num_steps):
+            if self.hooks.context.stop_requested:  # by a signal; hooks ask at boundaries
+                break
             update = self._run_update()
             if update is None:
                 return True, outputs

@@ -53,6 +53,7 @@ def choose_platform() -> tuple[str, str]:
             "tpuspec[tpu] on a TPU host, or run with use_tpu=False.")
     chosen = os.environ.get(PJRT_DEVICE)
     if chosen:
+        os.environ[PJRT_DEVICE] = chosen.upper()  # the client knows capitals only
         return chosen.upper(), _reasons.get(chosen, f"{PJRT_DEVICE}={chosen}")
     # Keeps torch_xla from choosing, and from logging that it chose.
     os.environ["PJRT_SELECT_DEFAULT_DEVICE"] = "0"

@@ -50,7 +50,7 @@ class XlaReplicas:
         try:
             num_devices = xr.addressable_device_count()
             hardware = xm.xla_device_hw(torch_xla.device(0))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # an OSError where libtpu is missing
             raise DeviceError(
                 f"PJRT_DEVICE={platform} cannot be started: {str(error).splitlines()[0]} "
                 "Set PJRT_DEVICE=CPU to run without an accelerator.") from error

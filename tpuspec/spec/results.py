@@ -27,6 +27,10 @@ class Batch:
     features: Any
     labels: Any = None
 
+    def tensors(self) -> list[Tensor]:
+        """Returns every tensor, features first."""
+        return [leaf for leaf in pytree.tree_leaves((self.features, self.labels)) if isinstance(leaf, Tensor)]
+
     def map(self, fn: Callable[[Tensor], Any]) -> Batch:
         """Returns a batch of the same nesting with `fn` applied to every tensor."""
         return Batch(features=pytree.tree_map(fn, self.features),

@@ -55,7 +55,8 @@ class CrossShardOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, reduction: str = "mean") -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigTypeError(
-                f"CrossShardOptimizer takes a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+                f"CrossShardOptimizer takes a torch.optim.Optimizer; got {type(optimizer).__name__}. model_fn's "
+                "optimizer argument is None outside TRAIN, and where the Trainer was given no optimizer.")
         if reduction not in REDUCTIONS:
             raise ConfigError(f"CrossShardOptimizer reduction must be one of {REDUCTIONS}; got {reduction!r}.")
         self.optimizer = optimizer
