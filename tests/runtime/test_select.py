@@ -74,3 +74,20 @@ def test_several_processes_are_refused_for_now(monkeypatch):
 def test_required_capture_is_refused_for_now():
     with pytest.raises(ConfigError, match=r"capture=require.*Set capture=auto"):
         select(RunConfig(capture=CaptureMode.require), use_tpu=True)
+
+
+@pytest.mark.slow
+def test_a_tpu_that_is_not_there_is_told_in_one_line_by_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tpuspec.train", "config=digits", "run.max_steps=2", f"model_dir={tmp_path}"],
+        env={**os.environ, "PJRT_DEVICE": "TPU"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: PJRT_DEVICE=TPU cannot be started: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_small_letters_name_a_platform_too():
+    done = run_python(SELECT.format(num_shards=None), PJRT_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "platform='CPU'" in done.stdout

@@ -14,7 +14,7 @@ import numpy as np
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
-from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, DeviceError
 from tpuspec.summary.readable import format_value
 
 DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -65,7 +65,8 @@ def report(error: BaseException) -> int:
     code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
             STATE_REFUSED if isinstance(error, CheckpointError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
-    if code == FAILED or os.environ.get("HYDRA_FULL_ERROR") == "1":
+    is_of_user = code == FAILED and not isinstance(error, DeviceError)
+    if is_of_user or os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     else:
         print(f"error: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ class XlaReplicas:
             hardware = xm.xla_device_hw(torch_xla.device(0))
         except (RuntimeError, OSError) as error:  # an OSError where libtpu is missing
             raise DeviceError(
-                f"PJRT_DEVICE={platform} cannot be started: {str(error).splitlines()[0]} "
+                f"PJRT_DEVICE={platform} cannot be started: {str(error).splitlines()[0].rstrip('.')}. "
                 "Set PJRT_DEVICE=CPU to run without an accelerator.") from error
         if already_runs and hardware != platform.split("_")[0]:
             raise DeviceError(
