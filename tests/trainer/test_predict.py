@@ -1,0 +1,56 @@
+"""Predictions: in order, without padding, and released when they are abandoned."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from tests.regression import (
+    make_trainer,
+    regression_rows,
+    rows_input,
+)
+from tpuspec import TPUEstimatorSpec
+
+
+def test_predictions_keep_the_order_and_show_no_padding(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = list(trainer.predict(rows_input(10)))
+    np.testing.assert_array_equal([row["x"] for row in rows], regression_rows(10).tensors[0].numpy())
+    batches = list(trainer.predict(rows_input(10), yield_single_examples=False, predict_keys=["y", "unknown"]))
+    assert [list(batch) for batch in batches] == [["y"]] * 3
+    assert [len(batch["y"]) for batch in batches] == [4, 4, 2]
+
+
+def test_an_abandoned_prediction_releases_everything(tmp_path):
+    calls = []
+
+    def model_fn(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"y": model(features)},
+                                host_call=(lambda y: calls.append(len(y)), [model(features)]))
+
+    trainer = make_trainer(tmp_path, model_fn)
+    generator = trainer.predict(lambda params: [regression_rows(4).tensors[0]] * 100)
+    next(generator)
+    generator.close()
+    assert calls and calls[0] == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpuspec")]
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_an_input_may_use_its_memory_again(use_tpu, tmp_path):
+    def reusing(params):
+        array = np.zeros((4, 1), dtype=np.float32)
+        for i in range(4):
+            array[:] = i
+            yield array
+
+    def model_fn(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"x": features * 1, "same": features})
+
+    trainer = make_trainer(tmp_path, model_fn, use_tpu=use_tpu)
+    rows = list(trainer.predict(reusing))
+    assert [row["x"].item() for row in rows] == [row["same"].item() for row in rows] == [i for i in range(4)
+                                                                                         for _ in range(4)]
