@@ -324,6 +324,7 @@ class Trainer:
         self._check_sliced(self._use_tpu)
         session = self._session(self._use_tpu)
         preparation = self._prepare(session, ModeKeys.PREDICT, on_xla=self._use_tpu)
+        session.check_not_lent("predict()")
         with contextlib.ExitStack() as stack:
             stack.enter_context(session.evaluating(self._seed))
             prepared = preparation.run(input_fn)

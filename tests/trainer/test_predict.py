@@ -13,6 +13,7 @@ from tests.regression import (
     rows_input,
 )
 from tpuspec import TPUEstimatorSpec
+from tpuspec.errors import ConfigError
 
 
 def test_predictions_keep_the_order_and_show_no_padding(tmp_path):
@@ -54,3 +55,13 @@ def test_an_input_may_use_its_memory_again(use_tpu, tmp_path):
     rows = list(trainer.predict(reusing))
     assert [row["x"].item() for row in rows] == [row["same"].item() for row in rows] == [i for i in range(4)
                                                                                          for _ in range(4)]
+
+
+def test_a_second_prediction_while_one_is_open_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    first = trainer.predict(rows_input())
+    next(first)
+    with pytest.raises(ConfigError, match=r"predict\(\) cannot go on while a predict\(\) generator is open"):
+        next(trainer.predict(rows_input()))
+    assert len(list(first)) == 15
+    assert len(list(trainer.predict(rows_input()))) == 16

@@ -83,7 +83,8 @@ class Preparation:
 
         Args:
           input_fn: the user's.
-          start_step: batches of a training Dataset that earlier steps have used.
+          start_step: updates that were completed before; a training Dataset is read on from as many batches, which is
+            where it stopped unless gradients are accumulated.
 
         Raises:
           ConfigError, InputError, SpecError and kin: a rule is broken; nothing was compiled.
