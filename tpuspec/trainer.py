@@ -216,8 +216,7 @@ class Trainer:
         with contextlib.closing(create_file_writer(self.model_dir)) as writer:
             work = TrainWork(
                 writer=writer, progress=progress, step_kind=session.backend.step_kind,
-                host_call_every=config.tpu_config.host_call_every_n_steps, summary_every=config.save_summary_steps,
-                log_every=config.log_step_count_steps)
+                summary_every=config.save_summary_steps, log_every=config.log_step_count_steps)
             progress.start("train", last_step)
             self._is_training = True
             context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
@@ -227,7 +226,8 @@ class Trainer:
                     input_ended = TrainLoop(
                         session=session, step=prepared.step, batches=prepared.batches,
                         sizer=LoopSizer(length, last_step), saver=saver, restored=restored,
-                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies),
+                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies,
+                                    host_call_every=config.tpu_config.host_call_every_n_steps),
                         hooks=HookRunner(hooks, context, writer=writer)).run()
             finally:
                 self._is_training = False
@@ -335,13 +335,13 @@ class Trainer:
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
             loop = PredictLoop(
                 backend=session.backend, step=prepared.step, batches=prepared.batches, executor=executor,
-                drain=Drain(session.backend.fetch, executor, copies=prepared.copies),
+                copies=prepared.copies, most_ahead=self._config.host_queue_size,
                 writer=writer, global_step=session.global_step,
                 hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                  summary_step=session.global_step))
             with contextlib.closing(loop.run()) as steps:
                 for step in steps:
-                    predictions = select_predictions(step.tensors["predictions"], predict_keys)
+                    predictions = select_predictions(step.join("predictions"), predict_keys)
                     if yield_single_examples:
                         yield from single_examples(predictions)
                     else:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
-from tpuspec.errors import HostCallError
+from tpuspec.errors import DeviceError, HostCallError, InputError
 from tpuspec.host.drain import Drain, DrainedStep, join_micro_steps
 from tpuspec.host.executor import HostExecutor
 from tpuspec.spec.results import HostFunctions, StepOutput, StepRows
 from tpuspec.testing import FakeBackend
+
+WAIT = 10.0  # seconds, for what must happen at once
 
 
 def output(value: float, *, is_update: bool = True, functions: HostFunctions | None = None) -> StepOutput:
@@ -21,64 +24,95 @@ def rows(num_rows: int = 2) -> StepRows:
     return StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)
 
 
+def losses(step: DrainedStep) -> list[float]:
+    return step.join("loss").tolist()
+
+
 class Recorder:
-    """Runs steps through a drain, and notes what is dispatched, fetched and worked on."""
+    """Drains steps, notes which the worker fetched together, and holds its work back until the gate is open."""
 
     def __init__(self, **options: Any) -> None:
-        self.events: list[str] = []
+        self.fetches: list[list[float]] = []
+        self.fetch_threads: set[int] = set()
         self.steps: list[DrainedStep] = []
-        self.executor = HostExecutor()
-        self.drain = Drain(self._fetch, self.executor, work=self.steps.append, **options)
+        self.gate, self.working = threading.Event(), threading.Event()
+        self.gate.set()
+        self.executor = HostExecutor(queue_size=64)
+        self.drain = Drain(self._fetch, self.executor, work=self._work, **options)
 
-    def _fetch(self, tree: list[dict[str, Any]]) -> Any:
-        self.events.append(f"fetch {tree[0]['loss'].item():g}")
-        return tree
+    def _fetch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.fetches.append([tensor.item() for tensor in tensors])
+        self.fetch_threads.add(threading.get_ident())
+        return [tensor.clone() for tensor in tensors]
+
+    def _work(self, step: DrainedStep) -> None:
+        self.working.set()
+        assert self.gate.wait(WAIT)
+        self.steps.append(step)
 
     def run(self, *steps: int) -> None:
         for step in steps:
-            self.events.append(f"dispatch {step}")
             self.drain.submit(step, [output(step)], rows())
 
+    def close(self) -> None:
+        self.executor.close()
 
-def test_a_step_is_fetched_only_after_the_next_one_was_dispatched():
+
+def test_the_worker_fetches_and_works_on_each_step_in_order():
     recorder = Recorder()
-    recorder.run(1, 2, 3)
-    assert recorder.events == ["dispatch 1", "dispatch 2", "fetch 1", "dispatch 3", "fetch 2"]
+    recorder.run(*range(1, 50))
     recorder.drain.flush()
-    recorder.executor.close()
-    assert recorder.events[-1] == "fetch 3"
-    assert [step.step for step in recorder.steps] == [1, 2, 3]
+    assert [step.step for step in recorder.steps] == list(range(1, 50))
+    assert [losses(step) for step in recorder.steps] == [[step] for step in range(1, 50)]
+    assert recorder.fetch_threads.isdisjoint({threading.get_ident()})
+    recorder.close()
 
 
-def test_flush_brings_the_last_step_once():
+def test_steps_that_wait_are_fetched_in_one_transfer():
     recorder = Recorder()
+    recorder.gate.clear()
     recorder.run(1)
-    assert recorder.events == ["dispatch 1"]
-    flushed = recorder.drain.flush()
-    assert flushed is not None
-    assert flushed.step == 1
-    assert recorder.drain.flush() is None
-    recorder.executor.close()
-
-
-def test_without_work_the_caller_gets_each_step_one_late():
-    with HostExecutor() as executor:
-        drain = Drain(FakeBackend().fetch, executor)
-        drained = [drain.submit(step, [output(step), output(10 * step)], rows()) for step in (1, 2)]
-        drained.append(drain.flush())
-    assert drained[0] is None
-    assert [(step.step, step.tensors["loss"].tolist()) for step in drained[1:]] == [(1, [1, 10]), (2, [2, 20])]
+    assert recorder.working.wait(WAIT)
+    recorder.run(2, 3, 4)
+    recorder.gate.set()
+    recorder.close()
+    assert recorder.fetches == [[1, 1], [2, 2, 3, 3, 4, 4]]
+    assert [step.step for step in recorder.steps] == [1, 2, 3, 4]
 
 
 def test_all_replicas_of_a_step_come_in_one_fetch():
     backend = FakeBackend(num_replicas=3)
+    steps: list[DrainedStep] = []
     with HostExecutor() as executor:
-        drain = Drain(backend.fetch, executor)
-        drain.submit(1, [output(i) for i in range(3)], rows(3))
-        assert backend.events == []
-        drain.flush()
+        Drain(backend.fetch, executor, work=steps.append).submit(1, [output(i) for i in range(3)], rows(3))
     assert backend.events == ["fetch"]
-    assert len(backend.fetched[0]) == 3
+    assert losses(steps[0]) == [0, 1, 2]
+    assert steps[0].mean_loss() == 1.0
+    assert steps[0].join("host_call")[0].tolist() == [0, 1, 2]
+
+
+def test_containers_come_back_as_they_are():
+    steps: list[DrainedStep] = []
+    made = StepOutput(tensors={"predictions": {"b": torch.tensor([1]), "a": torch.tensor([2])}, "host_call": [],
+                               "eval_metrics": [torch.tensor([3]), torch.tensor([4])]})
+    with HostExecutor() as executor:
+        Drain(FakeBackend().fetch, executor, work=steps.append).submit(1, [made], rows(1))
+    assert steps[0].join("predictions") == {"b": torch.tensor([1]), "a": torch.tensor([2])}
+    assert list(steps[0].join("predictions")) == ["b", "a"]
+    assert steps[0].join("eval_metrics") == [torch.tensor([3]), torch.tensor([4])]
+    assert steps[0].join("host_call") == []
+    assert "loss" not in steps[0] and "host_call" in steps[0]
+
+
+def test_flush_waits_for_the_work_of_all_steps():
+    recorder = Recorder()
+    recorder.gate.clear()
+    recorder.run(1, 2)
+    threading.Timer(0.1, recorder.gate.set).start()
+    recorder.drain.flush()
+    assert len(recorder.steps) == 2
+    recorder.drain.flush()
+    recorder.close()
 
 
 def test_the_worker_gets_the_functions_and_rows_of_that_very_step():
@@ -86,31 +120,36 @@ def test_the_worker_gets_the_functions_and_rows_of_that_very_step():
     functions = [HostFunctions(host_call=print), HostFunctions(host_call=repr)]
     for step, (made, real) in enumerate(zip(functions, [rows(3), rows(1)], strict=True), start=1):
         recorder.drain.submit(step, [output(step, functions=made)], real)
-    recorder.drain.flush()
-    recorder.executor.close()
+    recorder.close()
     assert [step.functions.host_call for step in recorder.steps] == [print, repr]
     assert [step.rows.num_rows for step in recorder.steps] == [3, 1]
+
+
+@pytest.mark.parametrize(("every", "start", "expected"), [
+    (1, 0, [0, 1, 2, 3, 4, 5]), (2, 0, [0, 2, 4]), (4, 0, [0, 4]), (2, 3, [4, 6, 8]), (10, 3, [])])
+def test_host_call_tensors_are_fetched_on_every_nth_global_step_counted_before_its_update(every, start, expected):
+    recorder = Recorder(host_call_every=every)
+    recorder.run(*range(start + 1, start + 7))
+    recorder.close()
+    assert [step.step - 1 for step in recorder.steps if "host_call" in step] == expected
+    assert sum(map(len, recorder.fetches)) == 6 + len(expected)
 
 
 def test_of_copies_the_first_one_is_taken():
     recorder = Recorder(copies=2)
     recorder.drain.submit(1, [output(1), output(2)], rows())
-    drained = recorder.drain.flush()
-    recorder.executor.close()
-    assert drained is not None
-    assert drained.tensors["loss"].tolist() == [1]
+    recorder.close()
+    assert losses(recorder.steps[0]) == [1]
 
 
 def test_of_copies_all_micro_batches_of_the_first_one_are_taken():
     recorder = Recorder(copies=2)
     recorder.drain.submit(1, join_micro_steps([[output(1), output(2)], [output(3), output(4)]]), rows())
-    drained = recorder.drain.flush()
-    recorder.executor.close()
-    assert drained is not None
-    assert drained.tensors["loss"].tolist() == [1, 3]
+    recorder.close()
+    assert losses(recorder.steps[0]) == [1, 3]
 
 
-def test_an_error_of_the_work_is_raised_by_a_later_submit_or_flush_and_names_the_step():
+def test_an_error_of_the_work_is_raised_by_a_later_submit_and_names_the_step():
     def work(step: DrainedStep) -> None:
         raise ValueError(f"in {step.step}")
 
@@ -122,28 +161,50 @@ def test_an_error_of_the_work_is_raised_by_a_later_submit_or_flush_and_names_the
     executor.close()
 
 
-def test_an_error_of_the_fetch_is_raised_as_it_is():
-    def fetch(tree: Any) -> Any:
-        raise OSError("the device is gone")
-
-    with HostExecutor() as executor:
-        drain = Drain(fetch, executor)
-        drain.submit(1, [output(1)], rows())
-        with pytest.raises(OSError, match="the device is gone"):
-            drain.submit(2, [output(2)], rows())
+def test_an_error_of_the_work_is_raised_by_flush():
+    executor = HostExecutor()
+    drain = Drain(FakeBackend().fetch, executor, work=lambda step: 1 / 0)
+    drain.submit(1, [output(1)], rows())
+    with pytest.raises(HostCallError, match="step 1 raised ZeroDivisionError"):
+        drain.flush()
+    executor.close()
 
 
-def losses(outputs: list[StepOutput]) -> list[float]:
+def fetch_that_raises(error: Exception) -> Any:
+    def fetch(tensors: Any) -> Any:
+        raise error
+
+    return fetch
+
+
+def test_an_error_of_the_fetch_names_the_step_and_keeps_its_cause():
+    error, executor = OSError("the device is gone"), HostExecutor()
+    Drain(fetch_that_raises(error), executor, work=lambda step: None).submit(5, [output(1)], rows())
+    with pytest.raises(DeviceError, match="outputs of step 5 could not be brought .*: OSError: the device is gone"
+                       ) as caught:
+        executor.close()
+    assert caught.value.__cause__ is error
+
+
+def test_a_rule_broken_in_the_fetch_is_raised_as_it_is():
+    error, executor = InputError("a rule"), HostExecutor()
+    Drain(fetch_that_raises(error), executor, work=lambda step: None).submit(1, [output(1)], rows())
+    with pytest.raises(InputError, match="a rule") as caught:
+        executor.close()
+    assert caught.value is error
+
+
+def loss_values(outputs: list[StepOutput]) -> list[float]:
     return [output.tensors["loss"].item() for output in outputs]
 
 
 def test_one_micro_step_is_the_step():
-    assert losses(join_micro_steps([[output(1), output(2)]])) == [1, 2]
+    assert loss_values(join_micro_steps([[output(1), output(2)]])) == [1, 2]
 
 
 def test_micro_steps_are_ordered_by_replica_then_batch_and_keep_the_updates_functions():
     functions = HostFunctions(host_call=print)
     joined = join_micro_steps([[output(1, is_update=False), output(3, is_update=False)],
                                [output(2, functions=functions), output(4, functions=functions)]])
-    assert losses(joined) == [1, 2, 3, 4]
+    assert loss_values(joined) == [1, 2, 3, 4]
     assert all(step.functions is functions for step in joined)

@@ -5,6 +5,7 @@ import pytest
 
 from tpuspec.errors import HostCallError, SpecTypeError
 from tpuspec.host.executor import HostExecutor, host_call_error
+from tpuspec.testing import ManualClock
 
 WAIT = 10.0  # seconds, for what must happen at once
 MOMENT = 0.1  # seconds, for what must not happen
@@ -57,6 +58,69 @@ def test_a_full_queue_makes_submit_wait_until_a_job_is_taken():
     gate.set()
     assert submitted.wait(WAIT)
     submitter.join()
+    executor.close()
+
+
+def fill(executor: HostExecutor, clock: ManualClock, *waits: float) -> None:
+    """Submits jobs behind one that runs, each into a full queue that has room again after so many seconds."""
+    for step, seconds in enumerate(waits, start=1):
+        gate, started = threading.Event(), threading.Event()
+
+        def hold(started=started, gate=gate, seconds=seconds) -> None:
+            started.set()
+            assert gate.wait(WAIT)
+            clock.advance(seconds)
+
+        executor.submit(step, hold)
+        assert started.wait(WAIT)
+        executor.submit(step, lambda: None)  # fills the queue
+        threading.Timer(MOMENT, gate.set).start()
+        executor.submit(step, lambda: None)  # waits
+        executor.wait()
+
+
+def test_a_full_queue_is_told_once_with_the_share_of_time(caplog):
+    clock = ManualClock()
+    with caplog.at_level(logging.WARNING, "tpuspec"), HostExecutor(queue_size=1, clock=clock) as executor:
+        fill(executor, clock, 0.75)
+        assert caplog.text == ""
+        clock.advance(1.5)
+        fill(executor, clock, 0.75, 3.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "host work is slower than the device: the loop waited for it 50 % of the time so far, its queue of 1 steps "
+        "being full. Make host_call or metric_fn cheaper, or call host_call less often "
+        "(TPUConfig.host_call_every_n_steps)."]
+
+
+def test_a_queue_that_is_rarely_full_is_not_told(caplog):
+    clock = ManualClock()
+    with caplog.at_level(logging.WARNING, "tpuspec"), HostExecutor(queue_size=1, clock=clock) as executor:
+        fill(executor, clock, 0.01)
+        clock.advance(1000)
+        fill(executor, clock, 5.0)
+    assert caplog.text == ""
+
+
+def test_wait_leaves_as_many_jobs_as_may_be_under_way():
+    with HostExecutor() as executor:
+        gate = threading.Event()
+        executor.submit(1, lambda: None)
+        executor.submit(2, lambda: gate.wait(WAIT))
+        executor.wait(left=1)
+        assert executor.num_under_way == 1
+        gate.set()
+        executor.wait()
+        assert executor.num_under_way == 0
+
+
+def test_check_raises_the_error_of_a_job():
+    executor = HostExecutor()
+    executor.check()
+    executor.submit(7, fail)
+    executor.wait()
+    with pytest.raises(HostCallError, match="step 7"):
+        executor.check()
+    executor.check()
     executor.close()
 
 

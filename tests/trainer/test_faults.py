@@ -170,8 +170,7 @@ def test_training_within_training_is_refused(tmp_path):
 
 
 def test_a_step_that_fails_leaves_host_and_device_at_the_same_step(tmp_path):
-    fails = [True]
-    seen = []
+    seen, runs = [], []
 
     def model_fn(features, labels, mode, params, model, optimizer, global_step):
         spec = regression_fn(features, labels, mode, params, model, optimizer, global_step)
@@ -179,7 +178,8 @@ def test_a_step_that_fails_leaves_host_and_device_at_the_same_step(tmp_path):
         def train_op():
             spec.loss.backward()
             tpuspec.CrossShardOptimizer(optimizer).step()
-            if len(seen) == 2 and fails:
+            runs.append(True)
+            if len(runs) == 3:
                 raise RuntimeError("broke")
             optimizer.zero_grad()
 
@@ -188,22 +188,44 @@ def test_a_step_that_fails_leaves_host_and_device_at_the_same_step(tmp_path):
     trainer = make_trainer(tmp_path, model_fn)
     with pytest.raises(RuntimeError, match="broke"):
         trainer.train(rows_input(), max_steps=6)
-    fails.clear()
     trainer.train(rows_input(), max_steps=6)
     assert seen == list(range(6))
 
 
-def test_an_error_of_host_call_is_not_lost_when_a_prediction_is_closed_early(tmp_path):
-    def model_fn(features, mode, params, model):
-        def host_call(y):
+def failing_in_predict(step):
+    calls = []
+
+    def host_call(y):
+        calls.append(len(y))
+        if len(calls) == step:
             raise ValueError("in host_call")
 
+    def model_fn(features, mode, params, model):
         return TPUEstimatorSpec(mode, predictions={"y": model(features)}, host_call=(host_call, [model(features)]))
 
-    generator = make_trainer(tmp_path, model_fn).predict(lambda params: [torch.ones(4, 1)] * 3)
-    next(generator)
-    with pytest.raises(HostCallError, match="host_call raised ValueError at step 1"):
-        generator.close()
+    return model_fn
+
+
+@pytest.mark.parametrize("queue_size", [1, 8])
+def test_an_error_of_host_call_in_predict_comes_behind_the_rows_before_it(queue_size, tmp_path):
+    trainer = make_trainer(tmp_path, failing_in_predict(3), host_queue_size=queue_size)
+    rows = []
+    with pytest.raises(HostCallError, match="host_call raised ValueError at step 3"):
+        for row in trainer.predict(lambda params: [torch.ones(4, 1)] * 20):
+            rows.append(row)
+    assert len(rows) == 8
+
+
+def test_an_error_of_the_input_in_predict_comes_behind_the_rows_before_it(tmp_path):
+    def input_fn(params):
+        yield from [torch.ones(4, 1)] * 3
+        raise OSError("disk gone")
+
+    rows = []
+    with pytest.raises(OSError, match="disk gone"):
+        for row in make_trainer(tmp_path, failing_in_predict(99)).predict(input_fn):
+            rows.append(row)
+    assert len(rows) == 12
 
 
 @pytest.mark.parametrize(("config", "message"), [

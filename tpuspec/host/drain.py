@@ -1,86 +1,152 @@
-"""Brings each step's outputs to the host one step late, so that the device always has the next step to run."""
+"""Brings each step's outputs to the host on the worker thread, so that the loop only dispatches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpuspec.host.assemble import assemble
+from torch import Tensor
+
+from tpuspec.errors import DeviceError, TpuspecError
+from tpuspec.host.assemble import join_rows
 from tpuspec.host.executor import HostExecutor
 from tpuspec.spec.results import HostFunctions, StepOutput, StepRows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class DrainedStep:
     """One step's outputs on the host.
 
     Attributes:
       step: the step, counted from 1.
-      tensors: group -> tensors over all replicas, padding dropped, as `assemble` returns them.
+      parts: for each replica, group -> its tensors.
       functions: the host functions for them.
       rows: real rows and padding of the step's batch.
     """
 
     step: int
-    tensors: dict[str, Any]
+    parts: Sequence[Mapping[str, Any]]
     functions: HostFunctions
     rows: StepRows
 
+    def __contains__(self, group: str) -> bool:
+        return group in self.parts[0]
 
-@dataclass(frozen=True, slots=True)
+    def join(self, group: str) -> Any:
+        """Returns a group's tensors over all replicas, padding dropped; see `join_rows`."""
+        return join_rows([part[group] for part in self.parts], self.rows)
+
+    def mean_loss(self) -> float:
+        """Returns the mean of the replicas' scalar losses."""
+        if len(self.parts) == 1:
+            return self.parts[0]["loss"].item()
+        return sum(part["loss"].item() for part in self.parts) / len(self.parts)
+
+
 class _Dispatched:
-    step: int
-    outputs: Sequence[StepOutput]
-    rows: StepRows
+    """A step under way: its number, outputs, rows and wanted groups."""
+
+    __slots__ = ("outputs", "rows", "step", "without")
+
+    def __init__(self, step: int, outputs: Sequence[StepOutput], rows: StepRows, without: str | None) -> None:
+        self.step, self.outputs, self.rows, self.without = step, outputs, rows, without
+
+    def groups(self) -> Iterator[tuple[str, Any]]:
+        for output in self.outputs:
+            for group, tensors in output.tensors.items():
+                if group != self.without:
+                    yield group, tensors
 
 
 class Drain:
-    """Fetches step N after step N+1 was dispatched, and hands it to the worker.
+    """Hands each dispatched step to the worker, which fetches its outputs and works on them, in order.
+
+    The worker fetches all steps that wait in one transfer, so that it catches up with a loop that is faster.
 
     Args:
-      fetch: copies a structure's device tensors to the host in one transfer; `Backend.fetch`.
-      executor: runs `work`; its bounded queue holds back a loop whose host functions are too slow.
-      work: what to do with a step, on the worker thread; None leaves steps to the caller of `submit` and `flush`.
+      fetch: copies a list of device tensors to the host in one transfer; `Backend.fetch`. Called on the worker.
+      executor: the worker; its bounded queue holds back a loop whose host functions are too slow.
+      work: what to do with a step, on the worker.
       copies: replicas that compute the same rows, in BROADCAST all of them; the first one's outputs are taken.
+      host_call_every: the 'host_call' tensors of the steps between are left on the device.
     """
 
-    def __init__(self, fetch: Callable[[Any], Any], executor: HostExecutor, *,
-                 work: Callable[[DrainedStep], None] | None = None, copies: int = 1) -> None:
+    def __init__(self, fetch: Callable[[Any], Any], executor: HostExecutor, *, work: Callable[[DrainedStep], None],
+                 copies: int = 1, host_call_every: int = 1) -> None:
         self._fetch = fetch
         self._executor = executor
         self._work = work
         self._copies = copies
-        self._dispatched: _Dispatched | None = None
+        self._host_call_every = host_call_every
+        self._dispatched: deque[_Dispatched] = deque()
+        self._fetched: deque[DrainedStep] = deque()
 
-    def submit(self, step: int, outputs: Sequence[StepOutput], rows: StepRows) -> DrainedStep | None:
-        """Takes a dispatched step's outputs and brings in the step before; returns that one, if there is one.
-
-        Raises:
-          HostCallError: work on an earlier step raised.
-        """
-        previous, self._dispatched = self._dispatched, _Dispatched(step, outputs, rows)
-        return None if previous is None else self._bring(previous)
-
-    def flush(self) -> DrainedStep | None:
-        """Brings in the last dispatched step and returns it, if there is one.
+    def submit(self, step: int, outputs: Sequence[StepOutput], rows: StepRows) -> None:
+        """Takes the outputs of a step that was dispatched; waits only while the queue is full.
 
         Raises:
           HostCallError: work on an earlier step raised.
+          DeviceError: an earlier step's outputs could not be fetched.
         """
-        previous, self._dispatched = self._dispatched, None
-        return None if previous is None else self._bring(previous)
+        if self._copies > 1:
+            outputs = outputs[:len(outputs) // self._copies]
+        # Counted in global steps, from the value before the update: 0, n, 2n, ...
+        without = "host_call" if (step - 1) % self._host_call_every else None
+        self._dispatched.append(_Dispatched(step, outputs, rows, without))
+        self._executor.submit(step, self._work_on_next)
 
-    def _bring(self, dispatched: _Dispatched) -> DrainedStep:
-        outputs = dispatched.outputs[:len(dispatched.outputs) // self._copies]
-        fetched = self._fetch([dict(output.tensors) for output in outputs])
-        step = DrainedStep(
-            step=dispatched.step, tensors=assemble(fetched, dispatched.rows),
-            functions=outputs[0].functions, rows=dispatched.rows)
-        if self._work is not None:
-            work = self._work
-            self._executor.submit(step.step, lambda: work(step))
-        return step
+    def flush(self) -> None:
+        """Waits until every step that was submitted is worked on.
+
+        Raises:
+          HostCallError, DeviceError: as `submit`.
+        """
+        self._executor.wait()
+        self._executor.check()
+
+    def _work_on_next(self) -> None:
+        if not self._fetched:
+            self._fetch_waiting()
+        self._work(self._fetched.popleft())
+
+    def _fetch_waiting(self) -> None:
+        dispatched = [self._dispatched.popleft() for _ in range(len(self._dispatched))]
+        tensors: list[Tensor] = []
+        for step in dispatched:
+            for _, group in step.groups():
+                if isinstance(group, Tensor):
+                    tensors.append(group)
+                else:
+                    tensors.extend(group.values() if isinstance(group, Mapping) else group)
+        try:
+            fetched = iter(self._fetch(tensors))
+        except TpuspecError:
+            raise
+        except Exception as error:
+            first, last = dispatched[0].step, dispatched[-1].step
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
+            raise DeviceError(f"the outputs of {steps} could not be brought from the device: "
+                              f"{type(error).__name__}: {error}") from error
+        self._fetched.extend(DrainedStep(
+            step.step, [_rebuild(output, step.without, fetched) for output in step.outputs],
+            step.outputs[0].functions, step.rows) for step in dispatched)
+
+
+def _rebuild(output: StepOutput, without: str | None, fetched: Iterator[Tensor]) -> dict[str, Any]:
+    """Takes as many fetched tensors as an output has, in its form."""
+    parts: dict[str, Any] = {}
+    for group, tensors in output.tensors.items():
+        if group == without:
+            continue
+        if isinstance(tensors, Tensor):
+            parts[group] = next(fetched)
+        elif isinstance(tensors, Mapping):
+            parts[group] = {key: next(fetched) for key in tensors}
+        else:
+            parts[group] = [next(fetched) for _ in tensors]
+    return parts
 
 
 def join_micro_steps(micro_steps: Sequence[Sequence[StepOutput]]) -> list[StepOutput]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 _STOP = object()
 
+_SECONDS_WORTH_A_WORD = 1.0
+_SHARE_WORTH_A_WORD = 0.1
+
 
 class _Job(NamedTuple):
     step: int
@@ -24,19 +28,30 @@ class _Job(NamedTuple):
 class HostExecutor:
     """Runs jobs on one thread, in the order of their submission.
 
-    A full queue makes `submit` wait. The first error of a job is raised by the next `submit`, or by `close`, in the
-    caller's thread; the jobs behind it are dropped.
+    A full queue makes `submit` wait; that is said once, with the share of time. The first error of a job is raised by
+    the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it are dropped.
 
     Args:
-      queue_size: jobs that may wait.
+      queue_size: jobs that may wait behind the one that runs.
       name: of the thread.
+      clock: seconds.
     """
 
-    def __init__(self, queue_size: int = 8, name: str = "tpuspec-host") -> None:
-        self._queue: queue.Queue[object] = queue.Queue(maxsize=queue_size)
+    def __init__(self, queue_size: int = 8, name: str = "tpuspec-host", *,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        self._most = queue_size + 1
         self._name = name
+        self._clock = clock
+        # No queue.Queue: its locks cost the caller more than a small step takes.
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._num_submitted = self._num_done = 0
+        self._is_waited_for = False
+        self._progress = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._begun: float | None = None
+        self._seconds_waited = 0.0
+        self._has_told = False
 
     def submit(self, step: int, job: Callable[[], object]) -> None:
         """Queues a job; waits while the queue is full.
@@ -49,11 +64,35 @@ class HostExecutor:
           HostCallError: an earlier job raised; its own error is the cause. An error of tpuspec's own, or one that ends
             the process (SystemExit), is raised as it is.
         """
-        self._raise_error()
+        if self._error is not None:
+            self.check()
         if self._thread is None:
+            self._begun = self._clock()
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
+        if self._num_submitted - self._num_done >= self._most:
+            self._wait_for_room()
+        self._num_submitted += 1
         self._queue.put(_Job(step, job))
+
+    @property
+    def num_under_way(self) -> int:
+        """Jobs that were submitted and have not ended."""
+        return self._num_submitted - self._num_done
+
+    def wait(self, *, left: int = 0) -> None:
+        """Waits until at most `left` jobs are under way; raises nothing."""
+        self._wait_until(self._num_submitted - left)
+
+    def check(self) -> None:
+        """Raises the error of a job, if there is one.
+
+        Raises:
+          HostCallError: as `submit`.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def close(self) -> None:
         """Waits for the queued jobs, and ends the thread.
@@ -65,7 +104,34 @@ class HostExecutor:
             self._queue.put(_STOP)
             self._thread.join()
             self._thread = None
-        self._raise_error()
+        self.check()
+
+    def _wait_for_room(self) -> None:
+        begun = self._clock()
+        self._wait_until(self._num_submitted - self._most + 1)
+        now = self._clock()
+        self._seconds_waited += now - begun
+        if self._has_told or self._seconds_waited < _SECONDS_WORTH_A_WORD:
+            return
+        assert self._begun is not None, "set by the first submit"
+        share = self._seconds_waited / (now - self._begun)
+        if share >= _SHARE_WORTH_A_WORD:
+            self._has_told = True
+            logger.warning(
+                "host work is slower than the device: the loop waited for it %.0f %% of the time so far, its queue of "
+                "%d steps being full. Make host_call or metric_fn cheaper, or call host_call less often "
+                "(TPUConfig.host_call_every_n_steps).", 100 * share, self._most - 1)
+
+    def _wait_until(self, num_done: int) -> None:
+        # In this order: the worker first counts, then looks at the flag, so a job that ends meanwhile is not missed.
+        self._is_waited_for = True
+        try:
+            while self._num_done < num_done:
+                self._progress.clear()
+                if self._num_done < num_done:
+                    self._progress.wait()
+        finally:
+            self._is_waited_for = False
 
     def __enter__(self) -> Self:
         return self
@@ -81,20 +147,17 @@ class HostExecutor:
             if second is not error:  # the first error wins; the second is told of
                 logger.warning("while %s was on its way, host work failed too: %s", type(error).__name__, second)
 
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
     def _work(self) -> None:
         failed = False
         while isinstance(job := self._queue.get(), _Job):
-            if failed:
-                continue
-            try:
-                job.run()
-            except BaseException as error:
-                self._error, failed = _as_host_error(error, job.step), True
+            if not failed:
+                try:
+                    job.run()
+                except BaseException as error:
+                    self._error, failed = _as_host_error(error, job.step), True
+            self._num_done += 1
+            if self._is_waited_for:
+                self._progress.set()
 
 
 def _as_host_error(error: BaseException, step: int) -> BaseException:

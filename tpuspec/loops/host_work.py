@@ -42,19 +42,16 @@ class TrainWork:
       writer: of model_dir.
       progress: the progress line.
       step_kind: how steps run, for the line.
-      host_call_every: host_call runs on every n-th global step.
       summary_every: steps between summaries; None or 0 for none.
       log_every: steps between throughput measurements; None or 0 for none.
       clock: seconds.
     """
 
-    def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, host_call_every: int,
-                 summary_every: int | None, log_every: int | None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, summary_every: int | None,
+                 log_every: int | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._writer = writer
         self._progress = progress
         self._step_kind = step_kind
-        self._host_call_every = host_call_every
         self._summary_every = summary_every
         self._log_every = log_every
         self._clock = clock
@@ -66,13 +63,11 @@ class TrainWork:
 
     def __call__(self, step: DrainedStep) -> None:
         """Does one step's work."""
-        loss = step.tensors["loss"].double().mean().item()
-        self._report(step, loss)
+        self._report(step, step.mean_loss())
         host_call = step.functions.host_call
-        # Counted in global steps, from the value before the update: 0, n, 2n, ...
-        if host_call is not None and (step.step - 1) % self._host_call_every == 0:
+        if host_call is not None and "host_call" in step:  # left out between every n-th step
             with summary.as_default(self._writer, step.step):
-                run_host_function("host_call", host_call, step.tensors["host_call"], step=step.step,
+                run_host_function("host_call", host_call, step.join("host_call"), step=step.step,
                                   global_step=step.step - 1)
 
     def finish(self) -> None:
@@ -145,20 +140,20 @@ class EvalWork:
 
     def __call__(self, step: DrainedStep) -> None:
         """Does one step's work."""
-        functions, tensors = step.functions, step.tensors
+        functions = step.functions
         self.num_rows += step.rows.num_rows
-        if "example_losses" in tensors:
-            self.loss.add_examples(tensors["example_losses"])
-        elif "loss" in tensors:
-            self.loss.add_batches(tensors["loss"], step.rows.mask)
+        if "example_losses" in step:
+            self.loss.add_examples(step.join("example_losses"))
+        elif "loss" in step:
+            self.loss.add_batches(step.join("loss"), step.rows.mask)
         if functions.metric_fn is not None and step.rows.num_rows:
-            results = run_host_function("metric_fn", functions.metric_fn, tensors["eval_metrics"], step=step.step)
+            results = run_host_function("metric_fn", functions.metric_fn, step.join("eval_metrics"), step=step.step)
             self._update(results, step)
         elif functions.eval_metric_ops is not None:
             self._update(functions.eval_metric_ops, step)
         if functions.host_call is not None:
             with summary.as_default(self._writer, self._global_step):
-                run_host_function("host_call", functions.host_call, tensors["host_call"], step=step.step)
+                run_host_function("host_call", functions.host_call, step.join("host_call"), step=step.step)
         if self._progress.is_live:
             self._progress.update(step.step, loss=None, steps_per_second=None, examples_per_second=None,
                                   step_kind=self._step_kind)

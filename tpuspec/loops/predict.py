@@ -1,9 +1,11 @@
-"""The prediction loop: a generator that keeps one step ahead of what it yields."""
+"""The prediction loop: a generator that keeps a few steps ahead of what it yields."""
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,18 @@ from tpuspec.summary.writer import SummaryWriter
 
 @dataclass(slots=True, kw_only=True)
 class PredictLoop:
-    """Yields the predictions of each batch, in order, without padding; hooks fire once per batch.
+    """Yields the predictions of each batch, in order, without padding.
+
+    Steps are dispatched ahead of what the consumer reads. Hooks fire once per batch, when it is yielded. An error comes
+    behind the batches before it.
 
     Attributes:
       backend: the device runtime.
       step: the compiled prediction step.
       batches: the input.
-      drain: brings each step's outputs to the host.
-      executor: runs host_call.
+      executor: the worker; brings each step's outputs to the host, and runs host_call.
+      copies: as in `Drain`.
+      most_ahead: steps that may be under way while the consumer reads.
       hooks: of this call.
       writer: default writer of host_call.
       global_step: of the weights; the default step of summaries.
@@ -39,41 +45,53 @@ class PredictLoop:
     backend: Backend
     step: CompiledStep
     batches: Iterator[HostBatch]
-    drain: Drain
     executor: HostExecutor
+    copies: int
+    most_ahead: int
     hooks: HookRunner
     writer: SummaryWriter
     global_step: int
+    _arrived: deque[DrainedStep] = field(default_factory=deque, init=False)
 
     def run(self) -> Generator[DrainedStep, None, None]:
         """Predicts; yields each step's outputs on the host."""
-        num_steps = 0
+        drain = Drain(self.backend.fetch, self.executor, work=self._work, copies=self.copies)
+        failure: Exception | None = None
         with self.hooks:
-            for batch in self.batches:
-                self.hooks.before_run(num_steps)
-                outputs = self.step(self.backend.feed(batch.replicas))
-                num_steps += 1
-                drained = self.drain.submit(num_steps, outputs, batch.rows)
-                self.hooks.after_run(num_steps, outputs[0].functions.hooks)
-                if drained is not None:
-                    yield self._with_host_call(drained)
-                if self.hooks.context.stop_requested:
+            for number in itertools.count(1):
+                try:
+                    batch = next(self.batches, None)
+                    if batch is not None:
+                        drain.submit(number, self.step(self.backend.feed(batch.replicas)), batch.rows)
+                except Exception as error:
+                    failure, batch = error, None
+                yield from self._yield_arrived(left=0 if batch is None else self.most_ahead)
+                if batch is None or self.hooks.context.stop_requested:
                     break
-            drained = self.drain.flush()
-            if drained is not None:
-                yield self._with_host_call(drained)
+            if failure is not None:
+                raise failure
+            if not self.hooks.context.stop_requested:
+                self.executor.check()
 
-    def _with_host_call(self, step: DrainedStep) -> DrainedStep:
+    def _yield_arrived(self, *, left: int) -> Generator[DrainedStep, None, None]:
+        """Yields what is there, and waits for more until at most `left` steps are under way."""
+        while self._arrived or self.executor.num_under_way > left:
+            if not self._arrived:
+                self.executor.wait(left=self.executor.num_under_way - 1)
+                continue
+            if self.hooks.context.stop_requested:
+                return
+            step = self._arrived.popleft()
+            self.hooks.before_run(step.step - 1)
+            self.hooks.after_run(step.step, step.functions.hooks)
+            yield step
+
+    def _work(self, step: DrainedStep) -> None:
         host_call = step.functions.host_call
-
-        def call() -> None:
-            assert host_call is not None
-            with summary.as_default(self.writer, self.global_step):
-                run_host_function("host_call", host_call, step.tensors["host_call"], step=step.step)
-
         if host_call is not None:
-            self.executor.submit(step.step, call)
-        return step
+            with summary.as_default(self.writer, self.global_step):
+                run_host_function("host_call", host_call, step.join("host_call"), step=step.step)
+        self._arrived.append(step)
 
 
 def select_predictions(predictions: Any, predict_keys: Sequence[str] | None) -> Any:

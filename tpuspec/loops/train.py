@@ -31,9 +31,9 @@ class TrainLoop:
         hooks.begin; save the first checkpoint
         while steps are left and nobody asked to stop:
           hooks.before_run
-          iterations_per_loop times: draw a batch, feed it, dispatch the step, drain the step before
-          publish the state; save if it is time; hooks.after_run
-        drain the last step; save the last checkpoint; hooks.end
+          iterations_per_loop times: draw a batch, feed it, dispatch the step, submit it to the drain
+          publish the state; if it is time, wait for the host work and save; hooks.after_run
+        wait for the host work; save the last checkpoint; hooks.end
 
     Attributes:
       session: model, optimizers, and the step count that is moved on.
@@ -63,9 +63,6 @@ class TrainLoop:
             try:
                 return self._run()
             except BaseException:
-                # Steps that were completed are told to the host; an error of that adds nothing to the first.
-                with contextlib.suppress(Exception):
-                    self.drain.flush()
                 with contextlib.suppress(Exception):
                     self.session.settle()
                 raise
@@ -83,7 +80,7 @@ class TrainLoop:
             self.step.publish()
             self.sizer.finished(self.clock() - begun, session.global_step - first)
             if self.saver.is_due(session.global_step):
-                self.drain.flush()  # reading the state waits for the step anyhow
+                self.drain.flush()  # no state is saved behind a step whose host work failed
             if self.saver.at_boundary(session.global_step):
                 context.request_stop()
             if session.global_step > first:
