@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tpuspec.checkpoint.state import STORABLE_DTYPES, TrainingState, pack, storable_tensors, unpack
+from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
+from tpuspec.checkpoint.tensors import DTYPE_NAMES
 from tpuspec.errors import CheckpointError
 
 Pair = namedtuple("Pair", "a b")
 
-_DTYPES = sorted(STORABLE_DTYPES, key=str)
+_DTYPES = sorted(DTYPE_NAMES, key=str)
 _SHAPES = [(), (0,), (3,), (2, 0, 3), (2, 3)]
 
 

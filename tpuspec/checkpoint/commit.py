@@ -14,11 +14,16 @@ import fcntl
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tpuspec.checkpoint.disk import make_folder, remove, rename, sync_folder
+
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-(.+)-[0-9a-f]{8}")
+
+
+class InUseError(OSError):
+    """A folder is being read, or written, by somebody else."""
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:
@@ -28,21 +33,19 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
 
     Args:
       target: folder to make; its parent exists.
-      write: writes the files into the folder it is given.
+      write: writes the files into the folder it is given, through to the disk.
     """
     temp, old = _beside("tmp", target), _beside("old", target)
     with contextlib.ExitStack() as held:
         try:
-            temp.mkdir()
+            make_folder(temp)
             held.enter_context(_held(temp))
             write(temp)
-            for file in temp.iterdir():
-                _fsync(file)
-            _fsync(temp)
-            held.enter_context(_held(target))
+            sync_folder(temp)
             _swap_in(temp, target, old)
         except BaseException:
-            shutil.rmtree(temp, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the error on its way says more; a later sweep removes it
+                remove(temp)
             raise
         # Committed: what cannot be deleted now, a later sweep deletes.
         with contextlib.suppress(OSError):
@@ -53,11 +56,11 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
 def _swap_in(temp: Path, target: Path, old: Path) -> None:
     with contextlib.ExitStack() as undo:
         if os.path.lexists(target):
-            os.replace(target, old)
-            undo.callback(os.replace, old, target)
-        os.replace(temp, target)
-        undo.callback(os.replace, target, temp)
-        _fsync(target.parent)
+            rename(target, old)
+            undo.callback(rename, old, target)
+        rename(temp, target)
+        undo.callback(rename, target, temp)
+        sync_folder(target.parent)
         undo.pop_all()
 
 
@@ -65,23 +68,19 @@ def discard(target: Path) -> None:
     """Deletes a committed folder: first its name, then its files, so that half of one is never listed.
 
     Raises:
+      InUseError: somebody reads it.
       OSError: it does not exist, or cannot be deleted.
     """
     _discard_as(_beside("del", target), target)
 
 
 def _discard_as(trash: Path, folder: Path) -> None:
-    os.replace(folder, trash)
-    with _held(trash):
-        _fsync(trash.parent)
-        _remove(trash)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
+    with _held(folder) as is_ours:
+        if not is_ours and os.path.lexists(folder):
+            raise InUseError(f"{folder} is in use")
+        rename(folder, trash)
+        sync_folder(trash.parent)
+        remove(trash)
 
 
 def sweep(parent: Path, is_complete: Callable[[Path], bool]) -> None:
@@ -99,10 +98,10 @@ def sweep(parent: Path, is_complete: Callable[[Path], bool]) -> None:
                 continue
             target = parent / match[2]
             if match[1] == "old" and not os.path.lexists(target) and is_complete(folder):
-                os.replace(folder, target)
-                _fsync(parent)
+                rename(folder, target)
+                sync_folder(parent)
             else:
-                _remove(folder)
+                remove(folder)
 
 
 @contextlib.contextmanager
@@ -111,7 +110,7 @@ def _held(folder: Path) -> Iterator[bool]:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        yield False
+        yield not os.path.lexists(folder) or folder.is_symlink()
         return
     try:
         yield _try_lock(descriptor)
@@ -122,18 +121,12 @@ def _held(folder: Path) -> Iterator[bool]:
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another's, or a file system without locks
+    except BlockingIOError:  # another's
         return False
+    except OSError:  # a file system without locks: the writer's lock on model_dir is all there is
+        return True
     return True
 
 
 def _beside(kind: str, target: Path) -> Path:
     return target.with_name(f".{kind}-{target.name}-{secrets.token_hex(4)}")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

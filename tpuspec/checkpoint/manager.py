@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from tpuspec.checkpoint.commit import InUseError
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -43,14 +45,17 @@ class CheckpointManager:
         return path
 
     def _retain(self, saved_step: int) -> None:
-        checkpoints = self.store.saved_at_seconds()
+        manifests = self.store.manifests()
+        # A run that went back to an earlier step keeps what it has just saved; NaN does not displace the last good one.
+        kept = {saved_step, *[manifest.global_step for manifest in manifests if manifest.is_finite][-1:]}
         started = self.store.started_at_seconds()
         if started is None:
             return
+        checkpoints = [(manifest.global_step, manifest.saved_at_seconds) for manifest in manifests]
         for step in self.retention.steps_to_delete(checkpoints, started):
-            # A run that went back to an earlier step keeps what it has just saved.
-            if step != saved_step:
-                self.store.delete(step)
+            if step not in kept:
+                with contextlib.suppress(InUseError):  # its turn comes after a later save
+                    self.store.delete(step)
 
     def close(self) -> None:
         """Returns when every save is committed, and raises the error of one that failed; saves nothing more."""

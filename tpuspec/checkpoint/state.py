@@ -11,14 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tpuspec.checkpoint.tensors import DTYPE_NAMES
 from tpuspec.errors import CheckpointError
 
-# safetensors cannot read back its other type, the packed 4-bit float.
-STORABLE_DTYPES = frozenset({
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-})
 # safetensors keeps its own remarks under this name.
 _RESERVED_NAME = "__metadata__"
 _MAX_DEPTH = 64
@@ -32,7 +27,7 @@ class TrainingState:
       global_step: completed updates.
       model: state dict of the module; empty where there is none.
       optimizers: optimizer name -> its state dict; '' names the only one.
-      extra: values of JSON's types, and tuples; for the random seeds, the input position and the like.
+      extra: any tree that `pack` takes: random state, the input position and the like.
 
     Raises:
       CheckpointError: `global_step` is no count, or `model` holds something else than tensors.
@@ -150,7 +145,7 @@ def _check_storable(name: str, tensor: Tensor, root: str) -> None:
         raise CheckpointError(f"Tensors must be on the host before they are saved; {where} is on {tensor.device}.")
     if tensor.layout != torch.strided:
         raise CheckpointError(f"Tensors must be dense to be saved; {where} is {tensor.layout}. Use to_dense().")
-    if tensor.dtype not in STORABLE_DTYPES:
+    if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{where} has dtype {tensor.dtype}, which a checkpoint cannot hold; store it as another.")
 
 

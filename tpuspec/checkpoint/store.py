@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from tpuspec.checkpoint.commit import commit, discard, sweep
+from tpuspec.checkpoint.commit import InUseError, commit, discard, sweep
 from tpuspec.checkpoint.format import (
     MODEL_FILE,
     OPTIMIZER_FILE,
+    Reader,
+    is_committed,
     is_complete,
-    read_tensors,
-    read_values,
+    tpuspec_version,
     write_files,
 )
+from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
 from tpuspec.errors import CheckpointError, ConfigError
 
+logger = logging.getLogger(__name__)
+
+# Errors of a disk that may pass: what was written is thrown away, and all of it written again.
+_PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE})
+_RETRY_AFTER_SECONDS = (0.1, 1.0)
 _FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})", re.ASCII)
 
 
@@ -32,11 +39,17 @@ class CheckpointStore:
     Args:
       model_dir: its folder; `prepare` makes it. It may be moved between runs.
       clock: seconds since the epoch, noted in each checkpoint.
+      sleep: waits before a failed save is tried again.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, model_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
         self.model_dir = Path(model_dir)
         self._clock = clock
+        self._sleep = sleep
+        # Folder -> the files whose checksums were right, so that each is read through once.
+        self._verified: dict[Path, tuple[object, ...]] = {}
+        self._told: set[Path] = set()
 
     def prepare(self) -> None:
         """Makes the folder, proves that it can be written, and mends what a killed writer left in it.
@@ -82,16 +95,50 @@ class CheckpointStore:
         """
         try:
             steps = (int(match[1]) for match in map(_FOLDER.fullmatch, os.listdir(self.model_dir)) if match)
-            return sorted(step for step in steps if is_complete(self.path(step)))
+            return sorted(step for step in steps if is_committed(self.path(step)))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise CheckpointError(f"model_dir {self.model_dir} cannot be read: {error}.") from error
 
     def latest(self) -> Path | None:
-        """Returns the committed checkpoint of the highest step, or None."""
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        """Returns the checkpoint of the highest step whose checksums are right, or None; damaged ones are told of.
+
+        Raises:
+          CheckpointError: the newest is of a later format.
+        """
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            try:
+                self.verify(path)
+            except DamagedCheckpointError as error:
+                if path not in self._told:
+                    self._told.add(path)
+                    logger.warning("%s Falling back to the checkpoint before it.", error)
+                continue
+            return path
+        return None
+
+    def damaged_steps(self) -> list[int]:
+        """Returns the steps of the committed checkpoints whose bytes have changed."""
+        return [step for step in self.steps() if not self._is_whole(self.path(step))]
+
+    def verify(self, path: str | os.PathLike[str]) -> Manifest:
+        """Checks every byte of a checkpoint, unless it did so before and the files are the same.
+
+        Raises:
+          DamagedCheckpointError: a byte has changed; names the file.
+          CheckpointError: `path` is no checkpoint that can be read.
+        """
+        folder = Path(path)
+        with Reader.open(folder) as reader:
+            if any(reader.size(name) < 0 for name in reader.manifest.files):
+                reader.verify()  # raises
+            fingerprint = (reader.manifest, *reader.fingerprint())
+            if self._verified.get(folder) != fingerprint:
+                reader.verify()
+                self._verified[folder] = fingerprint
+            return reader.manifest
 
     def save(self, state: TrainingState) -> Path:
         """Commits a checkpoint; one of the same step is replaced. All of `state` was read when it returns.
@@ -104,27 +151,35 @@ class CheckpointStore:
         """
         target = self.path(state.global_step)
         model = storable_tensors(state.model, "model")
-        optimizers, optimizer_tensors = pack(state.optimizers, "optimizers")
-        extra, extra_tensors = pack(state.extra, "extra")
-        if extra_tensors:
-            raise CheckpointError("TrainingState.extra holds values for JSON only; got tensors at "
-                                  f"{', '.join(extra_tensors)}. Turn them into lists.")
+        values, tensors = pack({"optimizers": state.optimizers, "extra": state.extra}, "state")
         now = self._clock()
         started = self.started_at_seconds()
-        values = {
-            "global_step": state.global_step,
-            "saved_at_seconds": now,
-            "started_at_seconds": now if started is None else started,
-            "optimizers": optimizers,
-            "extra": extra,
-        }
-        try:
-            commit(target, lambda folder: write_files(folder, values, model, optimizer_tensors))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(
-                f"The checkpoint of step {state.global_step} could not be written to {str(target)!r}; the earlier ones "
-                f"are untouched. {type(error).__name__}: {error}") from error
+        manifest = Manifest(
+            global_step=state.global_step, saved_at_seconds=now, started_at_seconds=now if started is None else started,
+            is_finite=True, tpuspec_version=tpuspec_version(), files={})
+        self._commit(target, lambda folder: write_files(folder, manifest, values, model, tensors),
+                     num_bytes=sum(t.nbytes for t in (*model.values(), *tensors.values())))
         return target
+
+    def _commit(self, target: Path, write: Callable[[Path], None], *, num_bytes: int) -> None:
+        failed = f"The checkpoint {target.name} could not be written to {str(self.model_dir)!r}; the earlier ones are "
+        failed += "untouched."
+        for pause in (*_RETRY_AFTER_SECONDS, None):
+            try:
+                free = shutil.disk_usage(self.model_dir).free
+                if free < num_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return commit(target, write)
+            except (OSError, ValueError) as error:
+                number = getattr(error, "errno", None)
+                if number == errno.ENOSPC:
+                    raise CheckpointError(f"{failed} It needs {num_bytes:,} bytes, and {free:,} are free: {error}. "
+                                          "Make room, or lower keep_checkpoint_max.") from error
+                if number not in _PASSING or pause is None:
+                    raise CheckpointError(f"{failed} {type(error).__name__}: {error}") from error
+                logger.warning("%s %s Trying again in %s s.", failed, error, pause)
+                self._sleep(pause)
+        return None
 
     def read_step(self, path: str | os.PathLike[str]) -> int:
         """Returns the global step of a checkpoint.
@@ -132,49 +187,60 @@ class CheckpointStore:
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
-        return read_values(Path(path))["global_step"]
+        with Reader.open(Path(path)) as reader:
+            return reader.manifest.global_step
 
     def load(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
-        """Reads a checkpoint of this or of another folder.
+        """Reads a checkpoint of this or of another folder, and checks what it reads.
 
         Args:
           path: folder of the checkpoint.
-          optimizers: whether to read the optimizers' state; without it, their file is not opened.
+          optimizers: whether to read the optimizers' and the run's state; without it, their file is not opened.
 
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
-        folder = Path(path)
-        values = read_values(folder)
-        return TrainingState(
-            global_step=values["global_step"],
-            model=read_tensors(folder / MODEL_FILE),
-            optimizers=unpack(values["optimizers"], read_tensors(folder / OPTIMIZER_FILE)) if optimizers else {},
-            extra=unpack(values["extra"], {}))
+        with Reader.open(Path(path)) as reader:
+            step, model = reader.manifest.global_step, reader.tensors(MODEL_FILE)
+            if not optimizers:
+                return TrainingState(global_step=step, model=model)
+            rest = unpack(reader.values(), reader.tensors(OPTIMIZER_FILE))
+            return TrainingState(global_step=step, model=model, optimizers=rest["optimizers"], extra=rest["extra"])
 
     def delete(self, step: int) -> None:
         """Deletes the checkpoint of `step`.
 
         Raises:
+          InUseError: it is being read.
           CheckpointError: there is none, or it cannot be deleted.
         """
         try:
             discard(self.path(step))
+        except InUseError:
+            raise
         except OSError as error:
             raise CheckpointError(f"The checkpoint of step {step} could not be deleted: {error}.") from error
+        self._verified.pop(self.path(step), None)
+
+    def manifests(self) -> list[Manifest]:
+        """Returns the manifests of the committed checkpoints whose bytes are right, in ascending order of step."""
+        return [self.verify(self.path(step)) for step in self.steps() if self._is_whole(self.path(step))]
 
     def saved_at_seconds(self) -> list[tuple[int, float]]:
-        """Returns (step, time of its commit) of the committed checkpoints that can be read, in ascending order."""
-        return [(step, values["saved_at_seconds"]) for step in self.steps() if (values := self._peek(step))]
+        """Returns (step, time of its commit) of the committed checkpoints that are whole, in ascending order."""
+        return [(manifest.global_step, manifest.saved_at_seconds) for manifest in self.manifests()]
 
     def started_at_seconds(self) -> float | None:
         """Returns the time of the first commit ever made here, though it may be deleted since; None without any."""
-        found = (self._peek(step) for step in reversed(self.steps()))
-        return next((values["started_at_seconds"] for values in found if values), None)
+        for step in reversed(self.steps()):
+            if self._is_whole(self.path(step)):
+                return self.verify(self.path(step)).started_at_seconds
+        return None
 
-    def _peek(self, step: int) -> dict[str, Any] | None:
+    def _is_whole(self, path: Path) -> bool:
         # A damaged checkpoint must not stop the saving of a good one; who loads it gets the error.
         try:
-            return read_values(self.path(step))
+            self.verify(path)
         except CheckpointError:
-            return None
+            return False
+        return True
