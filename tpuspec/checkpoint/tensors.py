@@ -48,7 +48,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         if tensors[name].numel():
-            yield memoryview(tensors[name].detach().reshape(-1).view(torch.uint8).numpy())
+            yield tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def decode_tensors(content: bytes, where: str) -> dict[str, Tensor]:
