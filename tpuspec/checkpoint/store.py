@@ -164,6 +164,7 @@ class CheckpointStore:
     def _commit(self, target: Path, write: Callable[[Path], None], *, num_bytes: int) -> None:
         failed = f"The checkpoint {target.name} could not be written to {str(self.model_dir)!r}; the earlier ones are "
         failed += "untouched."
+        free = 0
         for pause in (*_RETRY_AFTER_SECONDS, None):
             try:
                 free = shutil.disk_usage(self.model_dir).free
