@@ -150,12 +150,12 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_factories(model: object, optimizer: object) -> None:
-    """Checks what the Trainer builds the model and its optimizers from.
+def check_factories(model: object, optimizer: object, scheduler: object = None) -> None:
+    """Checks what the Trainer builds the model, its optimizers and their schedules from.
 
     Raises:
       ConfigTypeError: neither a function nor, for the model, a module.
-      ConfigError: an optimizer without a model.
+      ConfigError: an optimizer without a model, or a scheduler without an optimizer.
     """
     if model is not None and not callable(model):
         raise ConfigTypeError(f"model must be a function of params, or a torch.nn.Module; got {type(model).__name__}.")
@@ -165,3 +165,9 @@ def check_factories(model: object, optimizer: object) -> None:
             f"{type(optimizer).__name__}. Pass lambda model, params: torch.optim.SGD(model.parameters(), ...).")
     if optimizer is not None and model is None:
         raise ConfigError("optimizer needs a model to optimize: pass model=function of params, or a torch.nn.Module.")
+    if scheduler is not None and not callable(scheduler):
+        raise ConfigTypeError(
+            "scheduler must be a function of (optimizer, params), because the Trainer makes the optimizer; got "
+            f"{type(scheduler).__name__}. Pass lambda optimizer, params: CosineAnnealingLR(optimizer, ...).")
+    if scheduler is not None and optimizer is None:
+        raise ConfigError("scheduler needs an optimizer whose learning rate it sets: pass optimizer=function.")

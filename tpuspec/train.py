@@ -47,8 +47,9 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     settings = job.settings
     functions = resolve_functions(settings, job.prefixes)
     trainer = tpuspec.Trainer(
-        functions.model_fn, model=functions.model, optimizer=functions.optimizer, model_dir=settings.model_dir,
-        config=run_config(settings), params=settings.params, use_tpu=settings.use_tpu,
+        functions.model_fn, model=functions.model, optimizer=functions.optimizer,
+        scheduler=functions.scheduler, model_dir=settings.model_dir, config=run_config(settings),
+        params=settings.params, use_tpu=settings.use_tpu,
         train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
         predict_batch_size=settings.predict_batch_size, eval_on_tpu=settings.eval_on_tpu)
     if settings.mode in (Mode.evaluate, Mode.predict) and trainer.latest_checkpoint() is None:

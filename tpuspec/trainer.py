@@ -37,7 +37,7 @@ from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.train import TrainLoop
 from tpuspec.loops.weights import borrowed_weights, restore_for_training
 from tpuspec.runtime.select import select
-from tpuspec.spec.functions import ModelFactory, OptimizerFactory, check_model_fn
+from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import EvalResult
@@ -55,6 +55,8 @@ class Trainer:
       model_fn: builds one step; see `tpuspec.spec.functions.ModelFn`.
       model: function of params that returns the module, or the module itself.
       optimizer: function of (module, params) that returns an optimizer, or a dict of several by name.
+      scheduler: function of (what optimizer returned, params) that returns a torch.optim.lr_scheduler schedule, or a
+        dict of several; stepped after each update. None leaves the learning rates as they are.
       model_dir: folder of checkpoints and logs; None takes config.model_dir, or a temporary folder.
       config: a RunConfig.
       params: values for the user's functions; 'batch_size' and 'context' are reserved.
@@ -70,8 +72,9 @@ class Trainer:
 
     def __init__(
             self, model_fn: Callable[..., Any], *, model: ModelFactory | nn.Module | None = None,
-            optimizer: OptimizerFactory | None = None, model_dir: str | os.PathLike[str] | None = None,
-            config: RunConfig | None = None, params: Mapping[str, Any] | None = None, use_tpu: bool = True,
+            optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None,
+            model_dir: str | os.PathLike[str] | None = None, config: RunConfig | None = None,
+            params: Mapping[str, Any] | None = None, use_tpu: bool = True,
             train_batch_size: int | None = None, eval_batch_size: int | None = None,
             predict_batch_size: int | None = None, eval_on_tpu: bool = True) -> None:
         checked = arguments.check_config(config)
@@ -82,12 +85,12 @@ class Trainer:
         check_model_fn(model_fn, params_given=params is not None)
         self._config = arguments.resolve_model_dir(model_dir, checked)
         self._params = copy.deepcopy(dict(params or {}))
-        arguments.check_factories(model, optimizer)
+        arguments.check_factories(model, optimizer, scheduler)
         self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
                              ModeKeys.PREDICT: predict_batch_size}
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
-        self._source = ModelSource(model=model, optimizer=optimizer, params=self._params)
+        self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params)
         self._model_fn = model_fn
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
         self._sessions: dict[bool, Session] = {}

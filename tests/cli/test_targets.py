@@ -147,3 +147,28 @@ def test_saved_config_with_a_target_is_data(command, capsys, folder, user_config
 def test_allow_on_the_command_line_lets_a_package_in(command, calls, stranger):
     assert command("config=digits", "model_fn=stranger.model_fn", "allow=[stranger.]") == 0
     assert calls.made[0]["model_fn"].__module__ == "stranger"
+
+
+def test_scheduler_target_makes_a_schedule_of_the_optimizer():
+    target = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+    functions = resolve_functions(settings(scheduler=target), BUILT_IN_PREFIXES)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    schedule = functions.scheduler(optimizer, {})
+    assert schedule.optimizer is optimizer and schedule.gamma == 0.5
+    with pytest.raises(ConfigError, match="is for one optimizer, and there are several"):
+        functions.scheduler({"a": optimizer}, {})
+
+
+@pytest.mark.parametrize(("scheduler", "message"), [
+    ("torch.optim.lr_scheduler.StepLR", r"is a class; write it as scheduler=\{_target_: "),
+    ({"_target_": "torch.optim.lr_scheduler.StepLR", "stepsize": 1}, "did you mean 'step_size'"),
+    ({"step_size": 1}, "scheduler has no _target_, such as torch.optim.lr_scheduler.CosineAnnealingLR"),
+])
+def test_wrong_scheduler_is_refused(scheduler, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_functions(settings(scheduler=scheduler), BUILT_IN_PREFIXES)
+
+
+def test_scheduler_target_must_be_a_schedule():
+    with pytest.raises(ConfigTypeError, match="must be a class of schedules"):
+        resolve_functions(settings(scheduler={"_target_": "torch.optim.AdamW"}), BUILT_IN_PREFIXES)

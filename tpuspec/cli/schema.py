@@ -53,6 +53,8 @@ class TrainConfig:
       model_dir: folder of checkpoints and logs; None takes runs/<name of the config>.
       model_fn, input_fn, model: dotted names of functions.
       optimizer: dotted name of a function (model, params) -> Optimizer, or {_target_: torch.optim class, lr: ...}.
+      scheduler: dotted name of a function (optimizer, params) -> LRScheduler, or {_target_: torch.optim.lr_scheduler
+        class, ...}.
       params: the Trainer's params; data only.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes.
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
@@ -67,6 +69,7 @@ class TrainConfig:
     input_fn: str = MISSING
     model: str | None = None
     optimizer: Any = None
+    scheduler: Any = None
     params: dict[str, Any] = field(default_factory=dict)
     train_batch_size: int | None = None
     eval_batch_size: int | None = None

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tpuspec.cli.schema import TrainConfig
 from tpuspec.errors import ConfigError, ConfigTypeError
-from tpuspec.spec.functions import ModelFactory, OptimizerFactory
+from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory
 
 BUILT_IN_PREFIXES = ("recipes.", "tpuspec.", "torch.optim.")
 TARGET_KEY = "_target_"
@@ -31,6 +32,7 @@ class Functions:
     input_fn: Callable[..., Any]
     model: ModelFactory | None
     optimizer: OptimizerFactory | None
+    scheduler: SchedulerFactory | None
 
 
 def allowed_prefixes(extra: Iterable[str] = ()) -> tuple[str, ...]:
@@ -56,25 +58,29 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
 
     Raises:
       ConfigError: a name is outside the prefixes, does not exist, or is an alias of something outside; params hold a
-        `_target_`; the optimizer's arguments do not fit its class.
+        `_target_`; the arguments of optimizer or scheduler do not fit its class.
       ConfigTypeError: a name is no string, or what it names is no function or class.
     """
-    target, keywords = _split_optimizer(settings.optimizer)
+    targets = {"optimizer": _split("optimizer", settings.optimizer, "torch.optim.AdamW"),
+               "scheduler": _split("scheduler", settings.scheduler, "torch.optim.lr_scheduler.CosineAnnealingLR")}
     refuse_targets(settings.params, "params")
-    refuse_targets(keywords, "optimizer")
+    for setting, (_, keywords) in targets.items():
+        refuse_targets(keywords, setting)
     names = {"model_fn": settings.model_fn, "input_fn": settings.input_fn, "model": settings.model,
-             "optimizer": target}
+             **{setting: name for setting, (name, _) in targets.items()}}
     for setting, name in names.items():
         if name is not None:
             check_name(setting, name, prefixes)
     found = {setting: None if name is None else resolve(setting, name, prefixes) for setting, name in names.items()}
-    optimizer = found["optimizer"]
-    if isinstance(settings.optimizer, Mapping):
-        optimizer = _optimizer_factory(str(target), optimizer, keywords)
-    elif inspect.isclass(optimizer):
-        raise ConfigError(f"optimizer={target} is a class; write it as optimizer={{_target_: {target}, lr: 0.001}}.")
+    for setting, example in (("optimizer", "lr: 0.001"), ("scheduler", "T_max: 1000")):
+        name, keywords = targets[setting]
+        if isinstance(getattr(settings, setting), Mapping):
+            make = _optimizer_factory if setting == "optimizer" else _scheduler_factory
+            found[setting] = make(str(name), found[setting], keywords)
+        elif inspect.isclass(found[setting]):
+            raise ConfigError(f"{setting}={name} is a class; write it as {setting}={{_target_: {name}, {example}}}.")
     return Functions(model_fn=_needed("model_fn", found), input_fn=_needed("input_fn", found), model=found["model"],
-                     optimizer=optimizer)
+                     optimizer=found["optimizer"], scheduler=found["scheduler"])
 
 
 def _needed(setting: str, found: Mapping[str, Callable[..., Any] | None]) -> Callable[..., Any]:
@@ -140,7 +146,7 @@ def refuse_targets(value: object, where: str) -> None:
     if isinstance(value, Mapping):
         if TARGET_KEY in value:
             raise ConfigError(f"{where}.{TARGET_KEY} is refused: {where} is data, nothing in it is called. Only "
-                              "optimizer itself takes a _target_.")
+                              "optimizer and scheduler take a _target_.")
         items = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
@@ -154,25 +160,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _split_optimizer(optimizer: object) -> tuple[object, dict[str, Any]]:
-    if not isinstance(optimizer, Mapping):
-        return optimizer, {}
-    if TARGET_KEY not in optimizer:
-        raise ConfigError(f"optimizer has no {TARGET_KEY}, such as torch.optim.AdamW; got the keys "
-                          f"{sorted(map(str, optimizer))}.")
-    return optimizer[TARGET_KEY], {str(key): value for key, value in optimizer.items() if key != TARGET_KEY}
+def _split(setting: str, value: object, example: str) -> tuple[object, dict[str, Any]]:
+    if not isinstance(value, Mapping):
+        return value, {}
+    if TARGET_KEY not in value:
+        raise ConfigError(f"{setting} has no {TARGET_KEY}, such as {example}; got the keys {sorted(map(str, value))}.")
+    return value[TARGET_KEY], {str(key): item for key, item in value.items() if key != TARGET_KEY}
 
 
 def _optimizer_factory(name: str, cls: object, keywords: dict[str, Any]) -> OptimizerFactory:
     if not (inspect.isclass(cls) and issubclass(cls, Optimizer)):
         raise ConfigTypeError(f"optimizer._target_={name} must be a class of optimizers; for a function of "
                               f"(model, params) write optimizer={name}.")
-    parameters = inspect.signature(cls).parameters
-    known = [key for key in parameters if key != "params"]
-    unknown = [key for key in keywords if key not in known]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(f"optimizer.{unknown[0]}: {name} takes no such argument"
-                          f"{did_you_mean(unknown[0], known) or '; it takes ' + ', '.join(known)}")
+    _check_keywords("optimizer", name, cls, keywords, given="params")
 
     def make_optimizer(model: nn.Module | None, params: Mapping[str, Any]) -> Optimizer:
         if model is None:
@@ -181,3 +181,27 @@ def _optimizer_factory(name: str, cls: object, keywords: dict[str, Any]) -> Opti
         return cls(model.parameters(), **keywords)
 
     return make_optimizer
+
+
+def _scheduler_factory(name: str, cls: object, keywords: dict[str, Any]) -> SchedulerFactory:
+    if not (inspect.isclass(cls) and issubclass(cls, LRScheduler)):
+        raise ConfigTypeError(f"scheduler._target_={name} must be a class of schedules; for a function of "
+                              f"(optimizer, params) write scheduler={name}.")
+    _check_keywords("scheduler", name, cls, keywords, given="optimizer")
+
+    def make_schedule(optimizer: Any, params: Mapping[str, Any]) -> LRScheduler:
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"scheduler._target_={name} is for one optimizer, and there are several by name. Make "
+                              "scheduler a function of (optimizers, params) that returns a schedule for each.")
+        return cls(optimizer, **keywords)
+
+    return make_schedule
+
+
+def _check_keywords(setting: str, name: str, cls: type, keywords: Mapping[str, Any], *, given: str) -> None:
+    parameters = inspect.signature(cls).parameters
+    known = [key for key in parameters if key != given]
+    unknown = [key for key in keywords if key not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument"
+                          f"{did_you_mean(unknown[0], known) or '; it takes ' + ', '.join(known)}")

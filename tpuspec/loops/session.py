@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from tpuspec.checkpoint.restore import check_fits, load_into_module
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
@@ -31,11 +32,14 @@ class ModelSource:
       model: a function of params that returns a module, a module, or None.
       optimizer: a function of (module, params) that returns an optimizer or a dict of them; None without training.
       params: the Trainer's.
+      scheduler: a function of (optimizer, params) that returns a learning rate schedule or a dict of them; None for
+        constant rates.
     """
 
     model: Callable[[Mapping[str, Any]], nn.Module] | nn.Module | None
     optimizer: Callable[..., Any] | None
     params: Mapping[str, Any]
+    scheduler: Callable[..., Any] | None = None
 
     def build_model(self) -> nn.Module | None:
         """Builds the module on the host.
@@ -99,6 +103,7 @@ class Session:
         self._source = source
         self._compiled: dict[ModeKeys, CompiledStep] = {}
         self._num_lent = 0
+        self._schedules: LearningRateSchedules | None = None
         backend.seed(seed)
         self.replicas: list[Replica] = backend.place(source.build_model())
 
@@ -113,10 +118,22 @@ class Session:
         return 0 if self.module is None else sum(p.numel() for p in self.module.parameters())
 
     def ensure_optimizers(self) -> None:
-        """Builds the optimizers on first use: an evaluation needs none."""
+        """Builds the optimizers and their schedules on first use: an evaluation needs none.
+
+        The first replica's optimizers have the schedules; the others follow.
+        """
         for replica in self.replicas:
             if not replica.optimizers:
                 replica.optimizers = self._source.build_optimizers(replica.model)
+        if self._schedules is None and self._source.scheduler is not None:
+            self._schedules = LearningRateSchedules(
+                self._source.scheduler, self.replicas[0].optimizers, self._source.params)
+
+    def count_update(self) -> None:
+        """Counts an update that was dispatched; the learning rates become those of the next one."""
+        self.global_step += 1
+        if self._schedules is not None:
+            self._schedules.step()
 
     def compiled_step(self, mode: ModeKeys, step: StepFunction) -> CompiledStep:
         """Returns the step of a mode, made ready on first use: one Trainer has one step a mode."""
@@ -220,6 +237,9 @@ class Session:
         for name, optimizer in self.replicas[0].optimizers.items():
             check_optimizer_state(name, optimizer, state.optimizers[name])
         self.load_model(state.model, scaffold)
+        if self._schedules is not None:
+            # Before the optimizers: their rates are then those that the checkpoint has.
+            self._schedules.move_to(state.global_step)
         for replica in self.replicas:
             for name, optimizer in replica.optimizers.items():
                 load_optimizer(name, optimizer, state.optimizers[name], tell=replica is self.replicas[0])

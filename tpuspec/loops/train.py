@@ -99,7 +99,7 @@ class TrainLoop:
             if update is None:
                 return True, outputs
             outputs, rows = update
-            self.session.global_step += 1
+            self.session.count_update()
             self.drain.submit(self.session.global_step, outputs, rows)
         return False, outputs
 

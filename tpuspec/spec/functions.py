@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
@@ -58,6 +59,7 @@ class InputFn(Protocol):
 
 ModelFactory = Callable[[Mapping[str, Any]], nn.Module]
 OptimizerFactory = Callable[[nn.Module | None, Mapping[str, Any]], Optimizer | dict[str, Optimizer]]
+SchedulerFactory = Callable[[Any, Mapping[str, Any]], LRScheduler | dict[str, LRScheduler]]
 
 
 def argument_names(fn: Callable[..., Any]) -> tuple[str, ...]:
