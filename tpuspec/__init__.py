@@ -1,6 +1,6 @@
 """tpuspec: the TPUEstimatorSpec contract for PyTorch on XLA."""
 
-from tpuspec import summary
+from tpuspec import metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
@@ -32,5 +32,6 @@ __all__ = [
     "TPUEstimatorSpec",
     "TrainOp",
     "Trainer",
+    "metrics",
     "summary",
 ]

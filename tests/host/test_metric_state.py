@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, Metric, SumMetric
+from torchmetrics import (
+    CatMetric,
+    MeanAbsoluteError,
+    MeanMetric,
+    MeanSquaredError,
+    Metric,
+    MetricCollection,
+    SumMetric,
+)
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from tpuspec.errors import SpecError, SpecTypeError, TpuspecError
@@ -277,3 +285,34 @@ def test_nothing_gives_nothing():
 def test_plain_values_have_plain_types(value, plain):
     assert to_plain(value) == plain
     assert type(to_plain(value)) is type(plain)
+
+
+def collection() -> MetricCollection:
+    return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError()})
+
+
+def test_a_collection_is_updated_over_steps_and_gives_a_dict():
+    state = MetricState()
+    for x, y in ((torch.tensor([1.0, 2]), torch.tensor([1.0, 4])), (torch.tensor([5.0]), torch.tensor([8.0]))):
+        state.update({"errors": (collection(), (x, y))}, len(x))
+    assert state.compute() == {"errors": {"mse": pytest.approx(13 / 3), "mae": pytest.approx(5 / 3)}}
+
+
+def test_a_collection_that_metric_fn_keeps_and_updates_is_reset_afterwards():
+    state, kept = MetricState(), collection()
+    for x, y in ((torch.tensor([1.0, 2]), torch.tensor([1.0, 4])), (torch.tensor([5.0]), torch.tensor([8.0]))):
+        kept.update(x, y)
+        state.update({"errors": kept}, len(x))
+    assert state.compute()["errors"]["mae"] == pytest.approx(5 / 3)
+    state.reset_owned()
+    with pytest.raises(SpecError, match="'errors' was never updated"):
+        state.update({"errors": kept}, 1)
+
+
+def test_a_new_updated_collection_each_step_is_refused_with_the_mend():
+    state = MetricState()
+    with pytest.raises(SpecTypeError, match=r"MetricCollection, cannot be merged .*\(metric, arguments"):
+        for _ in range(2):
+            made = collection()
+            made.update(torch.ones(1), torch.zeros(1))
+            state.update({"errors": made}, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from tpuspec.errors import SpecError, SpecTypeError
@@ -15,6 +15,8 @@ from tpuspec.spec.estimator_spec import check_metric_value
 
 # Reductions of a metric's states that are exact whatever the number of updates behind each.
 _MERGEABLE = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
+
+_Stateful = Metric | MetricCollection
 
 RESERVED_NAMES = ("loss", "global_step")
 
@@ -41,14 +43,15 @@ class MetricState:
     """Folds what metric_fn returns for each step into one value per name; see `TPUEstimatorSpec.eval_metrics`."""
 
     def __init__(self) -> None:
-        self._values: dict[str, _Mean | Metric] = {}
-        self._owned: dict[str, Metric] = {}
+        self._values: dict[str, _Mean | _Stateful] = {}
+        self._owned: dict[str, _Stateful] = {}
 
     def update(self, results: Mapping[str, Any], num_rows: int) -> None:
         """Adds one step.
 
         Args:
-          results: name -> (metric, arguments or None), Metric, or number or tensor to be averaged over rows.
+          results: name -> (metric, arguments or None), metric, or number or tensor to be averaged over rows; a metric
+            is a torchmetrics.Metric or a MetricCollection, whose value is a dict.
           num_rows: real rows of the step.
 
         Raises:
@@ -57,7 +60,7 @@ class MetricState:
         check_metric_names(results)
         for name in sorted(results):
             metric, arguments = _split(results[name])
-            if isinstance(metric, Metric):
+            if isinstance(metric, _Stateful):
                 self._update_metric(name, metric, arguments)
             else:
                 mean = self._values.setdefault(name, _Mean())
@@ -66,7 +69,7 @@ class MetricState:
                                         f"{type(metric).__name__}.")
                 mean.add(name, metric, num_rows)
 
-    def _update_metric(self, name: str, metric: Metric, arguments: tuple[Any, ...] | None) -> None:
+    def _update_metric(self, name: str, metric: _Stateful, arguments: tuple[Any, ...] | None) -> None:
         kept = self._values.get(name)
         if isinstance(kept, _Mean) or (kept is not None and type(kept) is not type(metric)):
             raise SpecTypeError(f"metric {name!r} changed its kind from step to step; got {type(metric).__name__}.")
@@ -91,10 +94,10 @@ class MetricState:
         self._owned.clear()
 
 
-def _merge(name: str, earlier: Metric, newest: Metric) -> None:
+def _merge(name: str, earlier: _Stateful, newest: _Stateful) -> None:
     """Adds the state of the steps before to the newest step's metric; rows stay in the order of steps."""
-    mergeable = newest.full_state_update is False and not newest.dist_sync_on_step
-    if not mergeable or any(reduction not in _MERGEABLE for reduction in newest._reductions.values()):
+    if not isinstance(newest, Metric) or not isinstance(earlier, Metric) or newest.full_state_update is not False or (
+            newest.dist_sync_on_step or any(r not in _MERGEABLE for r in newest._reductions.values())):
         raise SpecTypeError(
             f"metric {name!r}, a {type(newest).__name__}, cannot be merged over steps exactly, and metric_fn made a "
             "new one for each. Return (metric, arguments of its update), or keep one metric and update it.")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from tpuspec.errors import SpecError, SpecTypeError
 from tpuspec.spec.export_output import ExportOutput, check_export_outputs, is_default_export
@@ -89,13 +89,14 @@ def check_metric_value(name: str, value: object) -> None:
     """
     metric, updated_here = value, False
     if isinstance(value, tuple):
-        if len(value) != 2 or not isinstance(value[0], Metric) or not isinstance(value[1], tuple | None):
+        is_pair = len(value) == 2 and isinstance(value[0], Metric | MetricCollection)
+        if not is_pair or not isinstance(value[1], tuple | None):
             raise SpecTypeError(
                 f"Values of eval_metric_ops must be (metric_value, update_op) tuples, a torchmetrics.Metric and the "
                 f"tuple of its update's arguments; got {value!r} for {name!r}.")
         metric, updated_here = value[0], value[1] is not None
-    if isinstance(metric, Metric):
-        if not updated_here and not metric.update_called:
+    if isinstance(metric, Metric | MetricCollection):
+        if not updated_here and not was_updated(metric):
             raise SpecError(
                 f"Metric {name!r} was never updated. Please call update(...) on it, or return (metric, arguments).")
         return
@@ -103,6 +104,12 @@ def check_metric_value(name: str, value: object) -> None:
         raise SpecTypeError(
             f"Values of eval_metric_ops must be (metric_value, update_op) tuples, a torchmetrics.Metric, a Tensor or a "
             f"number; got {type(metric).__name__} for {name!r}.")
+
+
+def was_updated(metric: Metric | MetricCollection) -> bool:
+    """Whether update was called since the metric was made or reset."""
+    members = metric.values(copy_state=False) if isinstance(metric, MetricCollection) else [metric]
+    return any(member.update_called for member in members)
 
 
 class _Replaceable:
