@@ -268,6 +268,8 @@ class Trainer:
           HostCallError: metric_fn or host_call raised; names the step.
         """
         on_xla = self._use_tpu and self._eval_on_tpu
+        if self._eval_on_tpu and not self._use_tpu:
+            logger.warning("eval_on_tpu ignored because use_tpu is False.")
         checked_hooks = check_hooks(hooks)
         self._check_sliced(on_xla)
         session = self._session(on_xla)

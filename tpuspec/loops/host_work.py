@@ -65,7 +65,7 @@ class TrainWork:
         """Does one step's work."""
         self._report(step, step.mean_loss())
         host_call = step.functions.host_call
-        if host_call is not None and "host_call" in step:  # left out between every n-th step
+        if host_call is not None and step.parts[0].get("host_call"):  # none between every n-th step
             with summary.as_default(self._writer, step.step):
                 run_host_function("host_call", host_call, step.join("host_call"), step=step.step,
                                   global_step=step.step - 1)
