@@ -59,7 +59,7 @@ def test_pred_02_predictions_must_have_the_batchs_rows_and_the_key_is_named(tmp_
     def model_fn(features, mode, params):
         return TPUEstimatorSpec(mode, predictions={"fine": features, "broken": reduced(features)})
 
-    with pytest.raises(ValueError, match=r"tensor with key \(broken\) in TPUEstimatorSpec.predictions must be batch-maj"):
+    with pytest.raises(ValueError, match=r"tensor with key \(broken\) in TPUEstimatorSpec.predictions must be batch-"):
         next(echo_trainer(tmp_path, model_fn).predict(numbers(4)))
 
 
