@@ -1,4 +1,4 @@
-"""Whatever the size, the replicas and the deployment: evaluate and predict give what one process gives on the whole set."""
+"""Whatever the size, replicas and deployment, evaluate and predict give what one process gives on the whole set."""
 
 from __future__ import annotations
 
