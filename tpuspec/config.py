@@ -178,6 +178,8 @@ class RunConfig:
       capture: a CaptureMode, or its name.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
+      allow_inexact_resume: whether a run may go on from a checkpoint though its input cannot be put back to where it
+        stood; the input is then read from its start.
       task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
 
     Raises:
@@ -198,6 +200,7 @@ class RunConfig:
     capture: Any = CaptureMode.auto
     host_queue_size: int = 8
     show_progress: bool = True
+    allow_inexact_resume: bool = False
     task_type: str = "worker"
 
     def __post_init__(self) -> None:
@@ -288,6 +291,8 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
     if not isinstance(config.show_progress, bool):
         raise ConfigError(f"show_progress must be True or False; got {config.show_progress!r}.")
+    if not isinstance(config.allow_inexact_resume, bool):
+        raise ConfigError(f"allow_inexact_resume must be True or False; got {config.allow_inexact_resume!r}.")
     read_cluster(config.task_type)
 
 

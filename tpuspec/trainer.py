@@ -31,11 +31,12 @@ from tpuspec.loops.interruption import stop_on_signals
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation, Prepared
+from tpuspec.loops.random_state import RunPosition, read_random_state
 from tpuspec.loops.report import banner_facts, write_results
 from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.train import TrainLoop
-from tpuspec.loops.weights import borrowed_weights, restore_for_training
+from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
@@ -196,10 +197,15 @@ class Trainer:
         session.ensure_optimizers()
         session.drop_gradients()
         session.set_training(True)
-        prepared = preparation.run(input_fn, start_step=self.global_step())
-        restored = restore_for_training(session, self._store, prepared.rehearsal.scaffold)
-        # The same seed at the same step, whatever was drawn before: input_fn and model_fn of the user included.
-        session.backend.seed(self._seed + session.global_step)
+        state = read_for_training(session, self._store)
+        run = RunPosition.of(session, state, exact=not self._config.allow_inexact_resume)
+        prepared = preparation.run(input_fn, starts=run.input, strict_start=run.strict, restore_random=run.set_host)
+        restore_for_training(session, state, prepared.rehearsal.scaffold)
+        restored = session.global_step in self._store.steps()
+        # Without a state to go on from: the same seed at the same step, whatever input_fn and model_fn drew before.
+        if not run.set_devices(session.backend):
+            session.backend.seed(self._seed + session.global_step)
+        session.input_position, session.random_state = run.input, None
         last_step = max_steps if steps is None else session.global_step + steps
         saver = Saver(
             CheckpointManager(self._store, save_policy, RetentionPolicy(
@@ -208,6 +214,7 @@ class Trainer:
             save_policy, lambda: session.training_state(prepared.rehearsal.scaffold), checked_listeners)
         self._run_training(session, prepared, saver, [*checked_hooks, *prepared.rehearsal.hooks],
                            last_step=last_step, restored=restored)
+        session.random_state = read_random_state(session.backend)
         return self
 
     def _run_training(self, session: Session, prepared: Prepared, saver: Saver, hooks: list[SessionRunHook], *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
+from tpuspec.data.position import Position, common_start
 from tpuspec.data.source import raw_batches
 from tpuspec.data.structure import BatchChecker, count_rows, to_host_batch
 from tpuspec.errors import InputError
@@ -30,10 +31,12 @@ class HostBatch:
     Attributes:
       replicas: one batch a local replica, all of one shape where shapes are static.
       rows: which rows are real, in replica order.
+      position: where each call of input_fn stands behind this batch, for a checkpoint.
     """
 
     replicas: list[Batch]
     rows: StepRows
+    position: list[Position] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,8 @@ class InputSettings:
       static_shapes: whether short batches are padded.
       with_context: whether params carry a 'context'.
       seed: of the shuffle.
-      start_batch: batches of a training Dataset to pass over.
+      starts: where each call of input_fn stood in an earlier training; None at the first.
+      strict_start: whether a start that cannot be gone back to is an error; else the input begins anew.
     """
 
     input_fn: Callable[..., Any]
@@ -62,7 +66,8 @@ class InputSettings:
     static_shapes: bool
     with_context: bool = True
     seed: int = 0
-    start_batch: int = 0
+    starts: list[Position] | None = None
+    strict_start: bool = True
 
 
 class InputPipeline:
@@ -79,7 +84,8 @@ class InputPipeline:
         self._settings = settings
         calls = settings.plan.on_host(settings.topology.host_index)
         params = copy.deepcopy(dict(settings.params))  # one copy of the values for all calls, as in TPUEstimator
-        self._feeds = [_Feed(settings, call, dict(params)) for call in calls]
+        self._feeds = [_Feed(settings, call, dict(params), common_start(settings.starts, i, len(calls)))
+                       for i, call in enumerate(calls)]
         self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
         self._sleep = sleep
         self._started = False
@@ -107,13 +113,16 @@ class InputPipeline:
             batches += replicas
             masks.append(mask)
         mask = torch.cat(masks)
-        return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())))
+        # Only training goes on from a position.
+        position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
+        return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())), position=position)
 
 
 class _Feed:
     """The batches of one call of input_fn, dealt out to the replicas it feeds."""
 
-    def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any]) -> None:
+    def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any],
+                 start: Position | None) -> None:
         self._call = call
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
@@ -132,12 +141,16 @@ class _Feed:
         self._iterator = raw_batches(
             source, input_fn=settings.input_fn, mode=settings.mode,
             batch_size=call.batch_size, seed=settings.seed,
-            start_batch=settings.start_batch * call.batches_per_step)
+            start=start, strict=settings.strict_start)
         self._checker = None
         if settings.static_shapes:
             assert call.batch_size is not None, "plan_input gives every call a batch size"
             self._checker = BatchChecker(batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN)
         self._last: Batch | None = None
+
+    def position(self) -> Position:
+        """Returns where the input stands."""
+        return self._iterator.position()
 
     def draw(self) -> tuple[list[Batch], torch.Tensor] | None:
         """Returns one step's batches, one a replica, with the mask of their rows; None at the end of the input."""

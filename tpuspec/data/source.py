@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from tpuspec.data.position import (
+    Batches,
+    ListBatches,
+    Position,
+    ShuffledBatches,
+    StatefulBatches,
+    check_start,
+    is_stateful,
+)
 from tpuspec.errors import InputError, InputTypeError
 from tpuspec.spec.functions import describe
 from tpuspec.spec.mode import ModeKeys
 
 
+class RawBatches(Iterator[Any], Protocol):
+    """An iterator of batches that knows where it stands."""
+
+    def position(self) -> Position:
+        """Returns where it stands, behind the batch that was drawn last."""
+        ...
+
+
 def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, batch_size: int | None, seed: int,
-                start_batch: int = 0) -> Iterator[Any]:
+                start: Position | None = None, strict: bool = True) -> RawBatches:
     """Returns an iterator over the batches of what input_fn returned.
 
     A map-style Dataset is batched here. In TRAIN it is shuffled by seed and epoch, repeated without end, and a short
@@ -29,11 +46,13 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
       mode: the mode.
       batch_size: rows of a batch; needed for a Dataset.
       seed: of the shuffle.
-      start_batch: batches of a training Dataset to pass over.
+      start: where a training input stood; None is its start.
+      strict: whether a start that this input cannot go back to is an error; else it begins anew.
 
     Raises:
       InputError: one batch instead of an iterable of batches, or a Dataset that cannot fill one batch.
       InputTypeError: not iterable.
+      CheckpointError: strict, and it cannot go back to `start`.
     """
     if isinstance(source, Tensor | np.ndarray | tuple | Mapping):
         raise InputError(
@@ -41,16 +60,21 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
             f"batch ({type(source).__name__}). Return [batch] for a single batch, or itertools.repeat(batch) for the "
             "same one at every step.")
     if isinstance(source, Dataset):
-        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed, start_batch=start_batch)
+        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed, start=start, strict=strict)
     if not isinstance(source, Iterable):
         raise InputTypeError(
             f"input_fn ({describe(input_fn)}) should return a Dataset, a DataLoader or an iterable of batches; got "
             f"{type(source).__name__}.")
-    return iter(source)
+    if is_stateful(source):
+        return StatefulBatches(source, check_start(start, "state", strict=strict))
+    if isinstance(source, list):
+        return ListBatches(source, check_start(start, "list", strict=strict))
+    check_start(start, "iterable", strict=strict)
+    return Batches(source)
 
 
 def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int | None, seed: int,
-                     start_batch: int) -> Iterator[Any]:
+                     start: Position | None, strict: bool) -> RawBatches:
     training = mode is ModeKeys.TRAIN
     if batch_size is None:
         raise InputError(f"a Dataset needs a batch size to be batched by; pass the batch size of mode {mode} to "
@@ -58,20 +82,17 @@ def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int |
     # A generator of its own: a DataLoader would otherwise draw from torch's global random state.
     generator = torch.Generator().manual_seed(seed)
     if isinstance(dataset, IterableDataset):
-        yield from DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator)
-        return
+        if is_stateful(dataset):
+            start = check_start(start, "state", strict=strict)
+            loader = DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator)
+            return StatefulBatches(dataset, start, loader)
+        check_start(start, "iterable", strict=strict)
+        return Batches(DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator))
     num_rows = len(dataset)  # type: ignore[arg-type]
     if training and 0 < num_rows < batch_size:
         raise InputError(f"the training Dataset has {num_rows} rows, less than one batch of {batch_size}. "
                          "Lower train_batch_size.")
     if not training:
-        yield from DataLoader(dataset, batch_size=batch_size, generator=generator)
-        return
-    if num_rows == 0:
-        return
-    epoch, first = divmod(start_batch, num_rows // batch_size)
-    while True:
-        order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed + epoch))  # type: ignore[arg-type]
-        batches = list(BatchSampler(order, batch_size, drop_last=True))[first:]
-        yield from DataLoader(dataset, batch_sampler=batches, generator=generator)
-        epoch, first = epoch + 1, 0
+        return Batches(DataLoader(dataset, batch_size=batch_size, generator=generator))
+    start = check_start(start, "dataset", num_rows=num_rows, strict=strict)
+    return ShuffledBatches(dataset, batch_size, seed, start)

@@ -15,6 +15,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
+from tpuspec.data.position import Position
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
 from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
@@ -78,13 +79,14 @@ class Preparation:
             mode, config.tpu_config, global_batch_size=global_batch_size, num_hosts=topology.num_hosts,
             num_replicas=topology.num_replicas)
 
-    def run(self, input_fn: Callable[..., Any], *, start_step: int = 0) -> Prepared:
+    def run(self, input_fn: Callable[..., Any], *, starts: list[Position] | None = None,
+            strict_start: bool = True, restore_random: Callable[[], None] = lambda: None) -> Prepared:
         """Calls input_fn, checks its first batch, and rehearses model_fn on it.
 
         Args:
           input_fn: the user's.
-          start_step: updates that were completed before; a training Dataset is read on from as many batches, which is
-            where it stopped unless gradients are accumulated.
+          starts, strict_start: where the input goes on; see `InputSettings`.
+          restore_random: puts back the random state that the first batch is drawn with.
 
         Raises:
           ConfigError, InputError, SpecError and kin: a rule is broken; nothing was compiled.
@@ -94,7 +96,8 @@ class Preparation:
         batches = InputPipeline(InputSettings(
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._on_xla,
-            seed=self._seed, start_batch=start_step))
+            seed=self._seed, starts=starts, strict_start=strict_start))
+        restore_random()
         first = next(batches)
         warn_of_mixed_precision(first.replicas[0], session.module)
         check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)

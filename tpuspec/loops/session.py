@@ -19,6 +19,7 @@ from tpuspec.checkpoint.state import TrainingState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
+from tpuspec.loops.random_state import read_random_state
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
@@ -93,6 +94,8 @@ class Session:
       backend: the device runtime.
       replicas: the local replicas, equal in state.
       global_step: completed updates, as the host counts them.
+      input_position: where the training input stands behind the last update; None before any.
+      random_state: after the last training, for the next; None where it is to be seeded.
       has_state: whether the state was trained or restored; before, it is the initial one.
     """
 
@@ -100,6 +103,8 @@ class Session:
         self.backend = backend
         self.global_step = 0
         self.has_state = False
+        self.input_position: list[dict[str, Any]] | None = None
+        self.random_state: dict[str, Any] | None = None
         self._source = source
         self._compiled: dict[ModeKeys, CompiledStep] = {}
         self._num_lent = 0
@@ -205,7 +210,8 @@ class Session:
         """Reads everything that a later run goes on from."""
         optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
-                             optimizers=_own(self.backend.fetch(optimizers)), extra={})
+                             optimizers=_own(self.backend.fetch(optimizers)),
+                             extra={"input": self.input_position, "random": read_random_state(self.backend)})
 
     def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
         """Loads a module's state dict on every replica.
@@ -244,6 +250,7 @@ class Session:
             for name, optimizer in replica.optimizers.items():
                 load_optimizer(name, optimizer, state.optimizers[name], tell=replica is self.replicas[0])
         self.set_global_step(state.global_step)
+        self.input_position, self.random_state = state.extra.get("input"), state.extra.get("random")
 
     def set_global_step(self, step: int) -> None:
         """Sets the step on host and devices."""

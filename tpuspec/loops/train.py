@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tpuspec.data.pipeline import HostBatch
+from tpuspec.data.position import ENDED
 from tpuspec.host.drain import Drain, join_micro_steps
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.iterations import LoopSizer
@@ -106,7 +107,7 @@ class TrainLoop:
     def _run_update(self) -> tuple[list[StepOutput], StepRows] | None:
         """Dispatches the batches of one update, several while gradients accumulate; None at the end of the input."""
         micro_steps: list[list[StepOutput]] = []
-        num_rows = 0
+        num_rows, position = 0, self.session.input_position
         while not micro_steps or not micro_steps[-1][0].is_update:
             batch = next(self.batches, None)
             if batch is None:
@@ -114,7 +115,10 @@ class TrainLoop:
                     self.session.drop_gradients()
                     logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
                                    len(micro_steps))
+                self.session.input_position = [ENDED]
                 return None
             num_rows += batch.rows.num_rows
             micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))
+            position = batch.position
+        self.session.input_position = position
         return join_micro_steps(micro_steps), StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)

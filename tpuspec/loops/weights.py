@@ -6,34 +6,43 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
-from tpuspec.errors import ConfigError
+from tpuspec.errors import CheckpointError, ConfigError
 from tpuspec.loops.session import Session
 from tpuspec.spec.scaffold import Scaffold
 
 
-def restore_for_training(session: Session, store: CheckpointStore, scaffold: Scaffold) -> bool:
-    """Loads the newest checkpoint, unless the state in memory is as new; else initialises by the scaffold.
+def read_for_training(session: Session, store: CheckpointStore) -> TrainingState | None:
+    """Reads the newest checkpoint, unless the state in memory is as new.
 
-    Returns:
-      Whether the state now in memory stands in a checkpoint.
+    Raises:
+      CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    path = store.latest()
+    if path is None:
+        if not session.has_state and (steps := store.steps()):
+            raise CheckpointError(f"All checkpoints in {store.model_dir} are damaged ({steps}); training from the "
+                                  "start would bury them. Put a whole one back, or use another model_dir.")
+        return None
+    return store.load(path) if not session.has_state or store.read_step(path) > session.global_step else None
+
+
+def restore_for_training(session: Session, state: TrainingState | None, scaffold: Scaffold) -> None:
+    """Loads a state that was read, if there is one; else initialises by the scaffold, unless there is a state already.
 
     Raises:
       CheckpointError: the checkpoint does not fit.
       ConfigError: the scaffold's ready_fn says that something is missing.
     """
-    path = store.latest()
-    saved_step = None if path is None else store.read_step(path)
-    if path is not None and saved_step is not None and (
-            not session.has_state or saved_step > session.global_step):
-        session.load_training_state(store.load(path), scaffold)
+    if state is not None:
+        session.load_training_state(state, scaffold)
     elif not session.has_state and scaffold.init_fn is not None and session.module is not None:
         for replica in session.replicas:
             if replica.model is not None:
                 scaffold.init_fn(replica.model)
     check_ready(session, scaffold)
     session.has_state = True
-    return saved_step == session.global_step
 
 
 def check_ready(session: Session, scaffold: Scaffold) -> None:
