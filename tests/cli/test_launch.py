@@ -105,7 +105,7 @@ def test_help_needs_no_config_and_names_modes_and_choices(command, capsys, folde
 def test_cfg_job_prints_the_settings_and_stops(command, calls, capsys, folder):
     assert command("config=digits", "--cfg", "job", "params.width=3") == 0
     out = capsys.readouterr().out
-    assert "model_dir: runs/digits\n" in out and "  width: 3\n" in out and "allow" not in out
+    assert "model_dir: runs/digits\n" in out and "  width: 3\n" in out and "\nallow:" not in out
     assert calls.made == [] and list(folder.iterdir()) == []
 
 

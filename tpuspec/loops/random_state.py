@@ -65,7 +65,7 @@ class RunPosition:
         missing = [name for name in ("input", "random") if name not in state.extra]
         if missing and exact:
             raise CheckpointError(f"The run cannot be resumed exactly: the checkpoint of step {state.global_step} "
-                                  f"lacks {' and '.join(missing)}. Set RunConfig(allow_inexact_resume=True) to go on anyhow.")
+                                  f"lacks {' and '.join(missing)}. Set RunConfig(allow_inexact_resume=True).")
         return cls(input=state.extra.get("input"), random=state.extra.get("random"), strict=exact)
 
     def set_host(self) -> None:
