@@ -178,6 +178,9 @@ class RunConfig:
       capture: a CaptureMode, or its name.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
+      async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
+      checkpoint_timeout_secs: longest time that the writing of one may take; None for no limit.
+      stop_on_nan: whether a loss that is NaN or infinite ends training.
       allow_inexact_resume: whether a run may go on from a checkpoint though its input cannot be put back to where it
         stood; the input is then read from its start.
       task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
@@ -200,6 +203,9 @@ class RunConfig:
     capture: Any = CaptureMode.auto
     host_queue_size: int = 8
     show_progress: bool = True
+    async_checkpoints: bool = True
+    checkpoint_timeout_secs: float | None = 1800.0
+    stop_on_nan: bool = True
     allow_inexact_resume: bool = False
     task_type: str = "worker"
 
@@ -291,8 +297,12 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
     if not isinstance(config.show_progress, bool):
         raise ConfigError(f"show_progress must be True or False; got {config.show_progress!r}.")
-    if not isinstance(config.allow_inexact_resume, bool):
-        raise ConfigError(f"allow_inexact_resume must be True or False; got {config.allow_inexact_resume!r}.")
+    for name in ("async_checkpoints", "stop_on_nan", "allow_inexact_resume"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be True or False; got {getattr(config, name)!r}.")
+    timeout = config.checkpoint_timeout_secs
+    if timeout is not None and not (_is_number(timeout) and timeout > 0):
+        raise ConfigError(f"checkpoint_timeout_secs should be > 0, or None; got {timeout!r}.")
     read_cluster(config.task_type)
 
 

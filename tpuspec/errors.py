@@ -10,6 +10,8 @@ TpuspecError
 ├── InputTypeError (TypeError)       the same, of a wrong type
 ├── HostCallError (RuntimeError)     user code on the host (metric_fn, host_call) raised
 ├── DeviceError (RuntimeError)       no device, no torch_xla, or a client already started otherwise
+├── NonFiniteLossError (ArithmeticError)  the loss is NaN or infinite
+├── HangError (TimeoutError)         nothing moves any more: exit code 4
 └── CheckpointError (RuntimeError)   a checkpoint cannot be written or read: exit code 3
 
 Messages say the rule, what was got and how to mend it.
@@ -56,6 +58,14 @@ class HostCallError(TpuspecError, RuntimeError):
 
 class DeviceError(TpuspecError, RuntimeError):
     """The XLA device, its runtime, or its settings are not usable."""
+
+
+class NonFiniteLossError(TpuspecError, ArithmeticError):
+    """The loss of a training step is NaN or infinite."""
+
+
+class HangError(TpuspecError, TimeoutError):
+    """Something takes longer than the settings allow."""
 
 
 class CheckpointError(TpuspecError, RuntimeError):

@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from tpuspec import arguments
+from tpuspec.checkpoint.background import BackgroundSave
 from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
@@ -188,11 +189,17 @@ class Trainer:
             if value is not None:
                 arguments.check_int(name, value)
         checked_listeners = check_listeners(saving_listeners)
-        save_policy = self._save_policy()
-        if checked_listeners and not save_policy.enabled:
+        if checked_listeners and not self._save_policy().enabled:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
                               "save_checkpoints_steps or save_checkpoints_secs.")
-        self._store.prepare()
+        with self._store.writing():
+            self._train(session, preparation, input_fn, checked_hooks, checked_listeners, steps, max_steps)
+        return self
+
+    def _train(self, session: Session, preparation: Preparation, input_fn: Callable[..., Any],
+               hooks: Sequence[SessionRunHook], listeners: Sequence[CheckpointSaverListener], steps: int | None,
+               max_steps: int | None) -> None:
+        save_policy = self._save_policy()
         session.check_not_lent("train()")
         session.ensure_optimizers()
         session.drop_gradients()
@@ -210,12 +217,12 @@ class Trainer:
         saver = Saver(
             CheckpointManager(self._store, save_policy, RetentionPolicy(
                 max_to_keep=self._config.keep_checkpoint_max,
-                keep_every_n_hours=self._config.keep_checkpoint_every_n_hours)),
-            save_policy, lambda: session.training_state(prepared.rehearsal.scaffold), checked_listeners)
-        self._run_training(session, prepared, saver, [*checked_hooks, *prepared.rehearsal.hooks],
+                keep_every_n_hours=self._config.keep_checkpoint_every_n_hours),
+                BackgroundSave(self._config.checkpoint_timeout_secs) if self._config.async_checkpoints else None),
+            save_policy, lambda: session.training_state(prepared.rehearsal.scaffold), listeners)
+        self._run_training(session, prepared, saver, [*hooks, *prepared.rehearsal.hooks],
                            last_step=last_step, restored=restored)
         session.random_state = read_random_state(session.backend)
-        return self
 
     def _run_training(self, session: Session, prepared: Prepared, saver: Saver, hooks: list[SessionRunHook], *,
                       last_step: int | None, restored: bool) -> None:
@@ -226,7 +233,8 @@ class Trainer:
         with contextlib.closing(create_file_writer(self.model_dir)) as writer:
             work = TrainWork(
                 writer=writer, progress=progress, step_kind=session.backend.step_kind,
-                summary_every=config.save_summary_steps, log_every=config.log_step_count_steps)
+                summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
+                stop_on_nan=config.stop_on_nan)
             progress.start("train", last_step)
             self._is_training = True
             context = HookContext(mode=ModeKeys.TRAIN, model=session.module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from tpuspec.checkpoint.background import BackgroundSave
 from tpuspec.checkpoint.commit import InUseError
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
@@ -19,16 +20,23 @@ class CheckpointManager:
       store: where; prepared.
       save_policy: when; the caller asks it, `save` marks it.
       retention: which stay.
+      background: writes while training goes on; None writes at once.
     """
 
-    def __init__(self, store: CheckpointStore, save_policy: SavePolicy, retention: RetentionPolicy) -> None:
+    def __init__(self, store: CheckpointStore, save_policy: SavePolicy, retention: RetentionPolicy,
+                 background: BackgroundSave | None = None) -> None:
         self.store = store
         self.save_policy = save_policy
         self.retention = retention
+        self._background = background
         self._is_closed = False
 
-    def save(self, state: TrainingState) -> Path:
+    def save(self, state: TrainingState, *, wait: bool = True) -> Path:
         """Commits a checkpoint, marks its step as saved, then deletes what retention no longer keeps.
+
+        Args:
+          state: in memory of its own, for it is written while training goes on.
+          wait: whether to return when it is committed; else errors are raised by `check`, `wait` or the next save.
 
         Returns:
           The folder of the checkpoint.
@@ -36,13 +44,32 @@ class CheckpointManager:
         Raises:
           CheckpointError: it could not be written (then nothing is deleted), an old one not be deleted, or the manager
             is closed.
+          HangError: the save before does not end.
         """
         if self._is_closed:
             raise CheckpointError("The checkpoint manager is closed; save before close().")
-        path = self.store.save(state)
+        if self._background is None:
+            self._write(state)
+        else:
+            self._background.start(state.global_step, lambda: self._write(state))
+            if wait:
+                self._background.wait()
         self.save_policy.saved(state.global_step)
+        return self.store.path(state.global_step)
+
+    def _write(self, state: TrainingState) -> None:
+        self.store.save(state)
         self._retain(state.global_step)
-        return path
+
+    def check(self) -> None:
+        """Raises the error of a save under way, without waiting for it."""
+        if self._background is not None:
+            self._background.check()
+
+    def wait(self) -> None:
+        """Returns when every save is committed, and raises the error of one that failed."""
+        if self._background is not None:
+            self._background.wait()
 
     def _retain(self, saved_step: int) -> None:
         manifests = self.store.manifests()
@@ -58,5 +85,6 @@ class CheckpointManager:
                     self.store.delete(step)
 
     def close(self) -> None:
-        """Returns when every save is committed, and raises the error of one that failed; saves nothing more."""
+        """As `wait`; saves nothing more."""
         self._is_closed = True
+        self.wait()

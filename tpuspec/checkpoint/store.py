@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tpuspec.checkpoint.commit import InUseError, commit, discard, sweep
@@ -21,6 +22,7 @@ from tpuspec.checkpoint.format import (
     tpuspec_version,
     write_files,
 )
+from tpuspec.checkpoint.lock import writer_lock
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
 from tpuspec.errors import CheckpointError, ConfigError
@@ -62,6 +64,19 @@ class CheckpointStore:
             sweep(self.model_dir, is_complete)
         except OSError as error:
             raise self._not_writable(error) from error
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes this process the one writer of the folder, and prepares it.
+
+        Raises:
+          ConfigError: as `prepare`.
+          CheckpointError: another training writes there; names it.
+        """
+        self.check_writable()
+        with writer_lock(self.model_dir, self._clock):
+            self.prepare()
+            yield
 
     def check_writable(self) -> None:
         """Makes the folder and proves that it can be written.

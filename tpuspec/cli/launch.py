@@ -14,10 +14,10 @@ import numpy as np
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
-from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, DeviceError
+from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, DeviceError, HangError
 from tpuspec.summary.readable import format_value
 
-DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, HUNG, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 RunJob = Callable[[Job], Mapping[str, Any]]
 
@@ -63,7 +63,7 @@ def report(error: BaseException) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
-            STATE_REFUSED if isinstance(error, CheckpointError) else FAILED)
+            STATE_REFUSED if isinstance(error, CheckpointError) else HUNG if isinstance(error, HangError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
     is_of_user = code == FAILED and not isinstance(error, DeviceError)
     if is_of_user or os.environ.get("HYDRA_FULL_ERROR") == "1":

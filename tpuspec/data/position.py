@@ -7,7 +7,7 @@ A position is a dict for a checkpoint, with its "kind": 'dataset' (epoch, rows o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def is_stateful(source: Any) -> bool:
     return callable(getattr(source, "state_dict", None)) and callable(getattr(source, "load_state_dict", None))
 
 
-def common_start(starts: list[Mapping[str, Any]] | None, index: int, num_calls: int) -> Position | None:
+def common_start(starts: Sequence[Mapping[str, Any]] | None, index: int, num_calls: int) -> Position | None:
     """Returns the position for one call of input_fn; with another number of calls one that all had in common."""
     if not starts:
         return None

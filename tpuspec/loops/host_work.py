@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tpuspec import summary
-from tpuspec.errors import TpuspecError
+from tpuspec.errors import NonFiniteLossError, TpuspecError
 from tpuspec.host.drain import DrainedStep
 from tpuspec.host.executor import host_call_error
 from tpuspec.host.metric_state import MetricState
@@ -44,16 +45,18 @@ class TrainWork:
       step_kind: how steps run, for the line.
       summary_every: steps between summaries; None or 0 for none.
       log_every: steps between throughput measurements; None or 0 for none.
+      stop_on_nan: whether a loss that is NaN or infinite is an error.
       clock: seconds.
     """
-
     def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, summary_every: int | None,
-                 log_every: int | None, clock: Callable[[], float] = time.perf_counter) -> None:
+                 log_every: int | None, stop_on_nan: bool = True,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
         self._writer = writer
         self._progress = progress
         self._step_kind = step_kind
         self._summary_every = summary_every
         self._log_every = log_every
+        self._stop_on_nan = stop_on_nan
         self._clock = clock
         self._window: tuple[int, float] | None = None
         self._rows = 0
@@ -63,7 +66,12 @@ class TrainWork:
 
     def __call__(self, step: DrainedStep) -> None:
         """Does one step's work."""
-        self._report(step, step.mean_loss())
+        loss = step.mean_loss()
+        self._report(step, loss)
+        if self._stop_on_nan and not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss of step {step.step} is {loss}. The newest checkpoint of finite weights is kept. Lower the "
+                "learning rate, clip gradients, or look for bad rows; RunConfig(stop_on_nan=False) trains on.")
         host_call = step.functions.host_call
         if host_call is not None and step.parts[0].get("host_call"):  # none between every n-th step
             with summary.as_default(self._writer, step.step):

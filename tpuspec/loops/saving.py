@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.state import TrainingState
+from tpuspec.errors import TpuspecError
 from tpuspec.loops.hooks import ListenerRunner
 from tpuspec.spec.hooks import CheckpointSaverListener
+
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -27,6 +31,8 @@ class Saver:
         self._policy = policy
         self._read_state = read_state
         self._listeners = ListenerRunner(listeners)
+        # after_save promises that the checkpoint is written.
+        self._waits = bool(listeners)
 
     def begin(self, step: int, *, is_saved: bool) -> bool:
         """Saves the first state, unless it was restored from a checkpoint; returns whether a listener asks to stop."""
@@ -44,15 +50,25 @@ class Saver:
         """Saves if it is time; returns whether a listener asks to stop."""
         return self._save(step) if self.is_due(step) else False
 
+    def check(self) -> None:
+        """Raises the error of a save under way, without waiting for it."""
+        self._manager.check()
+
     def end(self, step: int) -> None:
-        """Saves the last state, unless it is saved."""
+        """Saves the last state, unless it is saved, and waits for the commit."""
+        self._manager.wait()
         if self._policy.should_save_last(step):
             self._save(step)
+        self._manager.wait()
         self._listeners.end(step)
 
     def close(self) -> None:
-        """Waits for saves under way; nothing is saved afterwards."""
-        self._manager.close()
+        """Waits for a save under way, whose error is only told of: training ends with another; saves nothing more."""
+        try:
+            self._manager.close()
+        except TpuspecError as error:
+            logger.warning("a checkpoint failed too: %s", error)
 
     def _save(self, step: int) -> bool:
-        return self._listeners.around(step, lambda: self._manager.save(self._read_state()))
+        return self._listeners.around(
+            step, lambda: self._manager.save(self._read_state(), wait=self._waits))

@@ -204,13 +204,14 @@ class Session:
         if self.module is None:
             return {}
         read = scaffold.saver if scaffold is not None and scaffold.saver is not None else nn.Module.state_dict
-        return _own(self.backend.fetch(dict(read(self.module))))
+        state = dict(read(self.module))
+        return _own(self.backend.fetch(state), state)
 
     def training_state(self, scaffold: Scaffold) -> TrainingState:
         """Reads everything that a later run goes on from."""
         optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
-                             optimizers=_own(self.backend.fetch(optimizers)),
+                             optimizers=_own(self.backend.fetch(optimizers), optimizers),
                              extra={"input": self.input_position, "random": read_random_state(self.backend)})
 
     def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
@@ -260,7 +261,7 @@ class Session:
                 replica.global_step.copy_(torch.tensor([step]))
 
 
-def _own(tree: Any) -> Any:
-    """Copies the tensors that a backend on the host returned as they are, so that later steps cannot change them."""
+def _own(fetched: Any, read: Any) -> Any:
+    """Copies the tensors that were on the host already, so that later steps cannot change them."""
     return pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+        lambda leaf, own: leaf.detach().clone() if isinstance(leaf, Tensor) and leaf is own else leaf, fetched, read)

@@ -101,6 +101,7 @@ class TrainLoop:
                 return True, outputs
             outputs, rows = update
             self.session.count_update()
+            self.saver.check()
             self.drain.submit(self.session.global_step, outputs, rows)
         return False, outputs
 

@@ -1,0 +1,79 @@
+"""`python -m tpuspec.checkpoint list|verify|show PATH`: what is in a model_dir, whether it is whole, what one holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from tpuspec.checkpoint.format import MODEL_FILE, Reader, is_committed
+from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.errors import CheckpointError
+
+DONE, STATE_REFUSED = 0, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, or 3 for a checkpoint that is none or is damaged."""
+    parser = argparse.ArgumentParser(prog="python -m tpuspec.checkpoint", description=__doc__)
+    parser.add_argument("command", choices=["list", "verify", "show"])
+    parser.add_argument("path", type=Path, help="a model_dir, or a folder checkpoint-<step>")
+    arguments = parser.parse_args(argv)
+    try:
+        return {"list": _list, "verify": _verify, "show": _show}[arguments.command](arguments.path)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STATE_REFUSED
+
+
+def _folders(path: Path) -> list[Path]:
+    if is_committed(path):
+        return [path]
+    store = CheckpointStore(path)
+    folders = [store.path(step) for step in store.steps()]
+    if not folders:
+        raise CheckpointError(f"{str(path)!r} is no checkpoint and holds none. Give a model_dir.")
+    return folders
+
+
+def _list(path: Path) -> int:
+    for folder in _folders(path):
+        with Reader.open(folder) as reader:
+            manifest = reader.manifest
+        size = sum(entry.size for entry in manifest.files.values())
+        when = datetime.fromtimestamp(manifest.saved_at_seconds).astimezone().isoformat(" ", "seconds")
+        finite = "" if manifest.is_finite else "  holds NaN or infinity"
+        print(f"step {manifest.global_step:>10}  {size / 1e6:>10.2f} MB  {when}  {folder}{finite}")
+    return DONE
+
+
+def _verify(path: Path) -> int:
+    code = DONE
+    for folder in _folders(path):
+        try:
+            with Reader.open(folder) as reader:
+                reader.verify()
+            print(f"whole    {folder}")
+        except CheckpointError as error:
+            print(f"refused  {folder}: {error}")
+            code = STATE_REFUSED
+    return code
+
+
+def _show(path: Path) -> int:
+    folder = path if is_committed(path) else CheckpointStore(path).latest()
+    if folder is None:
+        raise CheckpointError(f"{str(path)!r} is no checkpoint and holds none that is whole.")
+    with Reader.open(folder) as reader:
+        manifest, tensors = reader.manifest, reader.tensors(MODEL_FILE)
+    print(f"{folder}: step {manifest.global_step}, tpuspec {manifest.tpuspec_version}, "
+          f"{sum(tensor.numel() for tensor in tensors.values()):,} numbers in the model")
+    for name, tensor in tensors.items():
+        print(f"  {name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
