@@ -89,7 +89,7 @@ def test_host_05_host_call_comes_after_the_update_with_the_step_before_it(tmp_pa
 
     trainer = make_trainer(tmp_path, model_fn, use_tpu=use_tpu)
     for step in range(3):
-        trainer.train(batches(1), steps=1)
+        trainer.train(batches(3), steps=1)
         assert seen[-1] == (step, pytest.approx(trainer.get_variable_value("weight").item()))
 
 
