@@ -176,6 +176,7 @@ class RunConfig:
       log_step_count_steps: steps between progress lines and throughput summaries; None for none.
       tpu_config: a TPUConfig.
       capture: a CaptureMode, or its name.
+      prefetch_batches: host batches made ready ahead, on a thread, where drawing one takes long; 0 for none.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
@@ -201,6 +202,7 @@ class RunConfig:
     log_step_count_steps: int | None = 100
     tpu_config: TPUConfig = field(default_factory=TPUConfig)
     capture: Any = CaptureMode.auto
+    prefetch_batches: int = 2
     host_queue_size: int = 8
     show_progress: bool = True
     async_checkpoints: bool = True
@@ -291,6 +293,8 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"keep_checkpoint_every_n_hours should be > 0, or None; got {hours!r}.")
     if config.seed is not None and not (_is_int(config.seed) and 0 <= config.seed < 2**63):
         raise ConfigError(f"seed must be integer, 0 .. 2**63 - 1, or None; got {config.seed!r}.")
+    if not _is_int(config.prefetch_batches) or config.prefetch_batches < 0:
+        raise ConfigError(f"prefetch_batches must be an int, 0 for none; got {config.prefetch_batches!r}.")
     if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
     if not isinstance(config.tpu_config, TPUConfig):

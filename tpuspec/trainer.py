@@ -21,6 +21,8 @@ from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import InputPipelineConfig, LoopLength, RunConfig
+from tpuspec.data.pipeline import HostBatch
+from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.errors import ConfigError
 from tpuspec.host.drain import Drain
 from tpuspec.host.executor import HostExecutor
@@ -98,7 +100,7 @@ class Trainer:
         self._sessions: dict[bool, Session] = {}
         self._store = CheckpointStore(self.model_dir)
         self._progress = Progress(enabled=self._config.show_progress)
-        self._is_training = False
+        self._training_input: PrefetchedBatches[HostBatch] | None = None
 
     @property
     def model_dir(self) -> str:
@@ -167,7 +169,7 @@ class Trainer:
             last checkpoint saved. A second signal ends training at once.
           Exception: of input_fn, model_fn or a hook, as it is.
         """
-        if self._is_training:
+        if self._training_input is not None:
             raise ConfigError("train() was called by a hook or listener of train(). Call it after the first has ended.")
         if self._config.cluster.task_type == "evaluator":
             raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
@@ -230,13 +232,13 @@ class Trainer:
         # Without XLA hooks fire per step: each step is a loop of its own.
         length = config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
         self._banner(session)
-        with contextlib.closing(create_file_writer(self.model_dir)) as writer:
+        with contextlib.closing(prepared.batches), contextlib.closing(create_file_writer(self.model_dir)) as writer:
             work = TrainWork(
                 writer=writer, progress=progress, step_kind=session.backend.step_kind,
                 summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
                 stop_on_nan=config.stop_on_nan)
             progress.start("train", last_step)
-            self._is_training = True
+            self._training_input = prepared.batches
             context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
             try:
                 with (stop_on_signals(context.request_stop) as interruption,
@@ -248,7 +250,7 @@ class Trainer:
                                     host_call_every=config.tpu_config.host_call_every_n_steps),
                         hooks=HookRunner(hooks, context, writer=writer)).run()
             finally:
-                self._is_training = False
+                self._training_input = None
                 work.finish()
                 progress.stop()
                 saver.close()
@@ -294,12 +296,14 @@ class Trainer:
         self._store.check_writable()
         folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._training_paused())
             stack.enter_context(session.evaluating(self._seed))
             prepared = preparation.run(input_fn)
+            stack.enter_context(contextlib.closing(prepared.batches))
             evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             writer = stack.enter_context(contextlib.closing(create_file_writer(folder)))
             # The line of a training that this evaluation interrupts stays.
-            progress = Progress(enabled=False) if self._is_training else self._progress
+            progress = Progress(enabled=False) if self._training_input is not None else self._progress
             metrics = MetricState()
             context = HookContext(mode=ModeKeys.EVAL, model=session.module)
             work = EvalWork(writer=writer, metrics=metrics, progress=progress, step_kind=session.backend.step_kind,
@@ -346,8 +350,10 @@ class Trainer:
         preparation = self._prepare(session, ModeKeys.PREDICT, on_xla=self._use_tpu)
         session.check_not_lent("predict()")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._training_paused())
             stack.enter_context(session.evaluating(self._seed))
             prepared = preparation.run(input_fn)
+            stack.enter_context(contextlib.closing(prepared.batches))
             stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             stack.enter_context(session.lent())
             writer = stack.enter_context(contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")))
@@ -366,6 +372,10 @@ class Trainer:
                         yield from single_examples(predictions)
                     else:
                         yield predictions
+
+    def _training_paused(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""
+        return contextlib.nullcontext() if self._training_input is None else self._training_input.paused()
 
     def _session(self, on_xla: bool) -> Session:
         """Returns the model on the devices of one kind; built on first use."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.data.position import Position
+from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
 from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
@@ -41,13 +41,13 @@ class Prepared:
     """What a loop runs on.
 
     Attributes:
-      batches: the input, from its first batch.
+      batches: the input, from its first batch; to be closed.
       step: the step, ready to run.
       rehearsal: what the first spec says.
       copies: replicas that get the same rows: all of this host's in BROADCAST, else 1.
     """
 
-    batches: Iterator[HostBatch]
+    batches: PrefetchedBatches[HostBatch]
     step: CompiledStep
     rehearsal: Rehearsal
     copies: int
@@ -105,7 +105,8 @@ class Preparation:
         rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])
         step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
         return Prepared(
-            batches=itertools.chain([first], batches), step=session.compiled_step(mode, step),
+            batches=PrefetchedBatches(batches, num_batches=self._config.prefetch_batches, first=[first]),
+            step=session.compiled_step(mode, step),
             rehearsal=rehearsal, copies=len(session.replicas) if self.plan.broadcast else 1)
 
     def _model_fn_call(self) -> ModelFnCall:
