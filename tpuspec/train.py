@@ -63,6 +63,8 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     metrics = {} if settings.mode is Mode.train else evaluations.newest()
     if metrics:
         print(f"evaluation at step {metrics['global_step']}: {format_metrics(metrics)}")
+    if functions.report is not None and settings.mode is not Mode.evaluate:
+        functions.report(trainer)
     print(f"TensorBoard: tensorboard --logdir {settings.model_dir}", flush=True)
     return metrics
 

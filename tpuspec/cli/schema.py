@@ -55,6 +55,8 @@ class TrainConfig:
       optimizer: dotted name of a function (model, params) -> Optimizer, or {_target_: torch.optim class, lr: ...}.
       scheduler: dotted name of a function (optimizer, params) -> LRScheduler, or {_target_: torch.optim.lr_scheduler
         class, ...}.
+      report: dotted name of a function (trainer) that tells of the trained model, once train or train_and_evaluate is
+        done.
       params: the Trainer's params; data only.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes.
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
@@ -70,6 +72,7 @@ class TrainConfig:
     model: str | None = None
     optimizer: Any = None
     scheduler: Any = None
+    report: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
     train_batch_size: int | None = None
     eval_batch_size: int | None = None

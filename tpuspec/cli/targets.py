@@ -33,6 +33,7 @@ class Functions:
     model: ModelFactory | None
     optimizer: OptimizerFactory | None
     scheduler: SchedulerFactory | None
+    report: Callable[..., Any] | None
 
 
 def allowed_prefixes(extra: Iterable[str] = ()) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
     for setting, (_, keywords) in targets.items():
         refuse_targets(keywords, setting)
     names = {"model_fn": settings.model_fn, "input_fn": settings.input_fn, "model": settings.model,
-             **{setting: name for setting, (name, _) in targets.items()}}
+             "report": settings.report, **{setting: name for setting, (name, _) in targets.items()}}
     for setting, name in names.items():
         if name is not None:
             check_name(setting, name, prefixes)
@@ -80,7 +81,7 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
         elif inspect.isclass(found[setting]):
             raise ConfigError(f"{setting}={name} is a class; write it as {setting}={{_target_: {name}, {example}}}.")
     return Functions(model_fn=_needed("model_fn", found), input_fn=_needed("input_fn", found), model=found["model"],
-                     optimizer=found["optimizer"], scheduler=found["scheduler"])
+                     optimizer=found["optimizer"], scheduler=found["scheduler"], report=found["report"])
 
 
 def _needed(setting: str, found: Mapping[str, Callable[..., Any] | None]) -> Callable[..., Any]:
