@@ -13,14 +13,14 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test format lint types check bench lock clean FORCE
+.PHONY: help setup train test test-faults format lint types check bench lock clean FORCE
 
 export UV_HTTP_TIMEOUT
 # pyright runs the JavaScript of its own wheel: no look for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." goes to train, test, lint, format, bench and lock; PYTHON=python3.12 chooses the Python.'
 
 setup: $(READY)  ## makes or mends .venv; every other target does so too
@@ -30,6 +30,9 @@ train: $(READY)  ## trains and evaluates on the digits: make train ARGS="run.max
 
 test: $(READY)  ## runs the tests
 	$(RUN) -m pytest $(ARGS)
+
+test-faults: $(READY)  ## runs the tests of faults: damage, kills, resume, locks
+	$(RUN) -m pytest tests/faults $(ARGS)
 
 format: $(READY)  ## sorts imports and mends what ruff can mend
 	$(RUN) -m ruff check --fix $(ARGS)
