@@ -20,7 +20,7 @@ export UV_HTTP_TIMEOUT
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." goes to train, test, lint, format, bench and lock; PYTHON=python3.12 chooses the Python.'
 
 setup: $(READY)  ## makes or mends .venv; every other target does so too
