@@ -60,8 +60,8 @@ def main() -> None:
     ratios = [theirs / ours for ours, theirs in zip(times["write"], times["torch_save_fsync"], strict=True)]
     print(json.dumps({
         "metric": "checkpoint of 50M float32 parameters", "unit": "s", "repeats": REPEATS, "bytes": num_bytes,
-        **{name: {"median": round(statistics.median(values), 4), "range": [round(min(values), 4), round(max(values), 4)]}
-           for name, values in times.items()},
+        **{name: {"median": round(statistics.median(values), 4),
+                  "range": [round(min(values), 4), round(max(values), 4)]} for name, values in times.items()},
         "write_bytes_per_second": round(num_bytes / statistics.median(times["write"])),
         "bytes_per_second_relative_to_torch_save_fsync": {
             "median": round(statistics.median(ratios), 2), "range": [round(min(ratios), 2), round(max(ratios), 2)]},

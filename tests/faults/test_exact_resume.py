@@ -130,6 +130,12 @@ def test_an_input_that_was_read_to_its_end_is_read_again(tmp_path):
     assert _trainer(tmp_path).train(two, max_steps=10).global_step() == 4
 
 
+def test_a_list_that_was_read_to_its_last_batch_is_read_again(tmp_path):
+    for steps in (3, 6):
+        trainer = _trainer(tmp_path).train(lambda params: [regression_rows(4).tensors] * 3, max_steps=steps)
+        assert trainer.global_step() == steps
+
+
 def test_fault_18_another_batch_size_goes_on_behind_the_rows_that_were_read(tmp_path):
     seen = []
 

@@ -43,7 +43,8 @@ class ListBatches(Batches):
     """Batches of a list, which can be read on from any of them."""
 
     def __init__(self, batches: list[Any], start: Position | None) -> None:
-        first = 0 if start is None else start["batches"]
+        # Read to its last batch: as with any input that ended, the next training reads it again.
+        first = 0 if start is None or start["batches"] >= len(batches) else start["batches"]
         super().__init__(batches[first:])
         self._num_batches = first
 
