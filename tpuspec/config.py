@@ -14,6 +14,7 @@ from typing import Any, Self, Union
 from tpuspec.errors import ConfigError
 
 DEFAULT_SAVE_CHECKPOINTS_SECS = 600
+DEFAULT_COMPILE_CACHE = "default"
 _UNSET = "default"
 _CORES_PER_REPLICA = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -177,6 +178,8 @@ class RunConfig:
       tpu_config: a TPUConfig.
       capture: a CaptureMode, or its name.
       prefetch_batches: host batches made ready ahead, on a thread, where drawing one takes long; 0 for none.
+      compile_cache: folder for compiled programs that later runs need not compile again; 'default' is tpuspec/xla in
+        the user's cache folder, None keeps none. XLA:CPU cannot read programs back, and goes without.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
@@ -203,6 +206,7 @@ class RunConfig:
     tpu_config: TPUConfig = field(default_factory=TPUConfig)
     capture: Any = CaptureMode.auto
     prefetch_batches: int = 2
+    compile_cache: str | None = DEFAULT_COMPILE_CACHE
     host_queue_size: int = 8
     show_progress: bool = True
     async_checkpoints: bool = True
@@ -295,6 +299,9 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"seed must be integer, 0 .. 2**63 - 1, or None; got {config.seed!r}.")
     if not _is_int(config.prefetch_batches) or config.prefetch_batches < 0:
         raise ConfigError(f"prefetch_batches must be an int, 0 for none; got {config.prefetch_batches!r}.")
+    if config.compile_cache is not None and (not isinstance(config.compile_cache, str) or not config.compile_cache):
+        raise ConfigError("compile_cache must be a folder, 'default', or None for no cache; got "
+                          f"{config.compile_cache!r}.")
     if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
     if not isinstance(config.tpu_config, TPUConfig):

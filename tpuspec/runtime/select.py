@@ -7,6 +7,7 @@ import os
 
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime.compile_cache import initialize_compile_cache
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.spec.backend import Backend
 
@@ -38,6 +39,7 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
     from tpuspec.runtime.xla_replicas import XlaReplicas
 
+    initialize_compile_cache(config, platform)
     return XlaReplicas.start(config, platform=platform, reason=reason)
 
 
