@@ -2,6 +2,7 @@
 
 from tpuspec import metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
+from tpuspec.runtime.launch import LaunchInfo, launch_info
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
@@ -22,6 +23,7 @@ __all__ = [
     "HookContext",
     "HostCall",
     "InputPipelineConfig",
+    "LaunchInfo",
     "ModeKeys",
     "PredictOutput",
     "RegressionOutput",
@@ -32,6 +34,7 @@ __all__ = [
     "TPUEstimatorSpec",
     "TrainOp",
     "Trainer",
+    "launch_info",
     "metrics",
     "summary",
 ]

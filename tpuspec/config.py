@@ -187,6 +187,9 @@ class RunConfig:
       stop_on_nan: whether a loss that is NaN or infinite ends training.
       allow_inexact_resume: whether a run may go on from a checkpoint though its input cannot be put back to where it
         stood; the input is then read from its start.
+      device: 'cpu' or 'cuda', where use_tpu=False; None means 'cpu'.
+      compile: whether torch.compile compiles the module, where use_tpu=False.
+      heartbeat_seconds: silence after which a host counts as lost, where several compute together.
       task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
 
     Raises:
@@ -213,6 +216,9 @@ class RunConfig:
     checkpoint_timeout_secs: float | None = 1800.0
     stop_on_nan: bool = True
     allow_inexact_resume: bool = False
+    device: str | None = None
+    compile: bool = False
+    heartbeat_seconds: float = 60.0
     task_type: str = "worker"
 
     def __post_init__(self) -> None:
@@ -314,6 +320,13 @@ def validate(config: RunConfig) -> None:
     timeout = config.checkpoint_timeout_secs
     if timeout is not None and not (_is_number(timeout) and timeout > 0):
         raise ConfigError(f"checkpoint_timeout_secs should be > 0, or None; got {timeout!r}.")
+    if config.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device must be 'cpu' or 'cuda', or None; got {config.device!r}. use_tpu=True takes XLA's "
+                          "devices.")
+    if not isinstance(config.compile, bool):
+        raise ConfigError(f"compile must be True or False; got {config.compile!r}.")
+    if not _is_number(config.heartbeat_seconds) or config.heartbeat_seconds < 1:
+        raise ConfigError(f"heartbeat_seconds must be a number >= 1; got {config.heartbeat_seconds!r}.")
     read_cluster(config.task_type)
 
 
@@ -347,6 +360,12 @@ def read_cluster(task_type: str) -> Cluster:
         return Cluster(task_type=task_type, task_index=0, num_workers=0)
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None and world is None:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
+        if tasks != "1":
+            raise ConfigError(
+                f"srun started {tasks} tasks, and RANK and WORLD_SIZE are not set: each task would run alone. Let srun "
+                "start one torchrun a node, or export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR and "
+                "MASTER_PORT in each task.")
         return Cluster(task_type=task_type, task_index=0, num_workers=1)
     if rank is None or world is None:
         raise ConfigError("The environment variables RANK and WORLD_SIZE must be set both or neither; got "

@@ -12,6 +12,7 @@ TpuspecError
 ├── DeviceError (RuntimeError)       no device, no torch_xla, or a client already started otherwise
 ├── NonFiniteLossError (ArithmeticError)  the loss is NaN or infinite
 ├── HangError (TimeoutError)         nothing moves any more: exit code 4
+├── HostFailureError (RuntimeError)  another host of the run failed, or cannot be reached
 └── CheckpointError (RuntimeError)   a checkpoint cannot be written or read: exit code 3
 
 Messages say the rule, what was got and how to mend it.
@@ -66,6 +67,10 @@ class NonFiniteLossError(TpuspecError, ArithmeticError):
 
 class HangError(TpuspecError, TimeoutError):
     """Something takes longer than the settings allow."""
+
+
+class HostFailureError(TpuspecError, RuntimeError):
+    """Another host of the run failed, so this one cannot go on; names the first that failed, where, and its error."""
 
 
 class CheckpointError(TpuspecError, RuntimeError):

@@ -61,6 +61,8 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     if settings.mode is not Mode.evaluate:
         train(job, trainer, functions, environment, [evaluations] if settings.mode is Mode.train_and_evaluate else [])
     metrics = {} if settings.mode is Mode.train else evaluations.newest()
+    if not trainer.config.is_chief:
+        return metrics
     if metrics:
         print(f"evaluation at step {metrics['global_step']}: {format_metrics(metrics)}")
     if functions.report is not None and settings.mode is not Mode.evaluate:
@@ -105,6 +107,9 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
 
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
     """Writes a line of JSON for each example into model_dir, and prints the first ones."""
+    if not trainer.config.is_chief:
+        with contextlib.closing(trainer.predict(functions.input_fn)) as predictions:
+            return {"num_predictions": sum(1 for _ in predictions)}
     path = Path(trainer.model_dir) / PREDICTIONS_FILE
     num_predictions = 0
     with replacing(path) as file, contextlib.closing(trainer.predict(functions.input_fn)) as predictions:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 from torch import nn
@@ -27,11 +28,12 @@ from tpuspec.errors import ConfigError
 from tpuspec.host.drain import Drain
 from tpuspec.host.executor import HostExecutor
 from tpuspec.host.metric_state import MetricState
+from tpuspec.loops.agreement import AgreedSavePolicy, AgreedSizer, NoSave, ends_input, leave_to_chief
+from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
 from tpuspec.loops.host_work import EvalWork, TrainWork
 from tpuspec.loops.interruption import stop_on_signals
-from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation, Prepared
 from tpuspec.loops.random_state import RunPosition, read_random_state
@@ -44,12 +46,49 @@ from tpuspec.runtime.select import select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import EvalResult
 from tpuspec.spec.scaffold import Scaffold
 from tpuspec.summary import create_file_writer
+from tpuspec.summary.multi import MultiWriter
 from tpuspec.summary.progress import Progress
+from tpuspec.summary.writer import SummaryWriter
 
 logger = logging.getLogger(__name__)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def watched(verb: Callable[Concatenate[Trainer, P], R]) -> Callable[Concatenate[Trainer, P], R]:
+    """Tells the other hosts of every error that leaves a method."""
+    @functools.wraps(verb)
+    def run(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            with in_phase(verb.__name__):
+                return verb(self, *args, **kwargs)
+        except BaseException as error:
+            self._report(error, verb.__name__)
+            raise
+
+    return run
+
+
+def watched_generator(verb: Callable[Concatenate[Trainer, P], Generator[R, None, None]],
+                      ) -> Callable[Concatenate[Trainer, P], Generator[R, None, None]]:
+    """The same of a generator; that its user closes it is no error."""
+    @functools.wraps(verb)
+    def run(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> Generator[R, None, None]:
+        try:
+            yield from verb(self, *args, **kwargs)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._report(error, verb.__name__)
+            raise
+
+    return run
 
 
 class Trainer:
@@ -99,8 +138,9 @@ class Trainer:
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
         self._sessions: dict[bool, Session] = {}
         self._store = CheckpointStore(self.model_dir)
-        self._progress = Progress(enabled=self._config.show_progress)
+        self._progress = Progress(enabled=self._config.show_progress and self._config.cluster.task_index == 0)
         self._training_input: PrefetchedBatches[HostBatch] | None = None
+        self._ends_together = False
 
     @property
     def model_dir(self) -> str:
@@ -150,6 +190,7 @@ class Trainer:
             raise ConfigError(f"no variable {name!r} in {self.latest_checkpoint()}; it holds {sorted(values)}.")
         return to_numpy(values[name])
 
+    @watched
     def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
               steps: int | None = None, max_steps: int | None = None,
               saving_listeners: Iterable[CheckpointSaverListener] | None = None) -> Self:
@@ -178,9 +219,10 @@ class Trainer:
             raise ConfigError(f"Can not provide both steps and max_steps. Got {steps} and {max_steps}; pass one.")
         arguments.check_above_zero("steps", steps)
         arguments.check_above_zero("max_steps", max_steps)
-        if max_steps is not None and self.global_step() >= max_steps:
+        newest_step = self._agreed_step()
+        if max_steps is not None and newest_step >= max_steps:
             arguments.check_int("Train max_steps", max_steps)
-            self._progress.message(f"training is complete: global step {self.global_step()} of {max_steps}.")
+            self._progress.message(f"training is complete: global step {newest_step} of {max_steps}.")
             return self
         checked_hooks = check_hooks(hooks)
         session = self._session(self._use_tpu)
@@ -191,37 +233,35 @@ class Trainer:
             if value is not None:
                 arguments.check_int(name, value)
         checked_listeners = check_listeners(saving_listeners)
-        if checked_listeners and not self._save_policy().enabled:
+        if checked_listeners and not self._save_policy(session).enabled:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
                               "save_checkpoints_steps or save_checkpoints_secs.")
-        with self._store.writing():
+        with store_of(self._store, session.backend.coordinator).writing():
             self._train(session, preparation, input_fn, checked_hooks, checked_listeners, steps, max_steps)
         return self
 
     def _train(self, session: Session, preparation: Preparation, input_fn: Callable[..., Any],
                hooks: Sequence[SessionRunHook], listeners: Sequence[CheckpointSaverListener], steps: int | None,
                max_steps: int | None) -> None:
-        save_policy = self._save_policy()
+        save_policy = self._save_policy(session)
+        store = store_of(self._store, session.backend.coordinator)
         session.check_not_lent("train()")
         session.ensure_optimizers()
         session.drop_gradients()
         session.set_training(True)
-        state = read_for_training(session, self._store)
+        state = read_for_training(session, store)
         run = RunPosition.of(session, state, exact=not self._config.allow_inexact_resume)
         prepared = preparation.run(input_fn, starts=run.input, strict_start=run.strict, restore_random=run.set_host)
         restore_for_training(session, state, prepared.rehearsal.scaffold)
-        restored = session.global_step in self._store.steps()
+        restored = session.global_step in store.steps()
         # Without a state to go on from: the same seed at the same step, whatever input_fn and model_fn drew before.
         if not run.set_devices(session.backend):
             session.backend.seed(self._seed + session.global_step)
         session.input_position, session.random_state = run.input, None
         last_step = max_steps if steps is None else session.global_step + steps
         saver = Saver(
-            CheckpointManager(self._store, save_policy, RetentionPolicy(
-                max_to_keep=self._config.keep_checkpoint_max,
-                keep_every_n_hours=self._config.keep_checkpoint_every_n_hours),
-                BackgroundSave(self._config.checkpoint_timeout_secs) if self._config.async_checkpoints else None),
-            save_policy, lambda: session.training_state(prepared.rehearsal.scaffold), listeners)
+            self._manager(session, save_policy), save_policy,
+            lambda: session.training_state(prepared.rehearsal.scaffold), listeners)
         self._run_training(session, prepared, saver, [*hooks, *prepared.rehearsal.hooks],
                            last_step=last_step, restored=restored)
         session.random_state = read_random_state(session.backend)
@@ -229,10 +269,12 @@ class Trainer:
     def _run_training(self, session: Session, prepared: Prepared, saver: Saver, hooks: list[SessionRunHook], *,
                       last_step: int | None, restored: bool) -> None:
         config, progress, first_step = self._config, self._progress, session.global_step
+        coordinator = session.backend.coordinator
         # Without XLA hooks fire per step: each step is a loop of its own.
         length = config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
         self._banner(session)
-        with contextlib.closing(prepared.batches), contextlib.closing(create_file_writer(self.model_dir)) as writer:
+        with (contextlib.closing(prepared.batches),
+              contextlib.closing(self._writer(session, self.model_dir)) as writer):
             work = TrainWork(
                 writer=writer, progress=progress, step_kind=session.backend.step_kind,
                 summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
@@ -245,8 +287,10 @@ class Trainer:
                       HostExecutor(config.host_queue_size) as executor):
                     input_ended = TrainLoop(
                         session=session, step=prepared.step, batches=prepared.batches,
-                        sizer=LoopSizer(length, last_step), saver=saver, restored=restored,
-                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies,
+                        sizer=AgreedSizer(coordinator, length, last_step), saver=saver, restored=restored,
+                        input_end=prepared.input_end,
+                        drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
+                                    work=work if coordinator.is_chief else leave_to_chief,
                                     host_call_every=config.tpu_config.host_call_every_n_steps),
                         hooks=HookRunner(hooks, context, writer=writer)).run()
             finally:
@@ -254,7 +298,9 @@ class Trainer:
                 work.finish()
                 progress.stop()
                 saver.close()
+        interruption.signal = max(coordinator.exchange(interruption.signal or 0, name="a signal")) or None
         if interruption.signal is not None:
+            self._ends_together = True
             progress.message(f"interrupted: stopped at step {session.global_step}, newest checkpoint "
                              f"{self.latest_checkpoint()}. The next train() goes on from there.")
             interruption.end()
@@ -264,6 +310,7 @@ class Trainer:
         if session.global_step == first_step:
             logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
 
+    @watched
     def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,
                  hooks: Iterable[SessionRunHook] | None = None, checkpoint_path: str | os.PathLike[str] | None = None,
                  name: str | None = None) -> EvalResult:
@@ -293,7 +340,7 @@ class Trainer:
         preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
         arguments.check_eval_steps(steps, on_xla=on_xla)
         session.check_not_lent("evaluate()")
-        self._store.check_writable()
+        store_of(self._store, session.backend.coordinator).check_writable()
         folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._training_paused())
@@ -301,7 +348,7 @@ class Trainer:
             prepared = preparation.run(input_fn)
             stack.enter_context(contextlib.closing(prepared.batches))
             evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
-            writer = stack.enter_context(contextlib.closing(create_file_writer(folder)))
+            writer = stack.enter_context(contextlib.closing(self._writer(session, folder)))
             # The line of a training that this evaluation interrupts stays.
             progress = Progress(enabled=False) if self._training_input is not None else self._progress
             metrics = MetricState()
@@ -314,11 +361,14 @@ class Trainer:
                 with HostExecutor(self._config.host_queue_size) as executor:
                     EvaluateLoop(
                         backend=session.backend, step=prepared.step, batches=prepared.batches, max_steps=steps,
-                        drain=Drain(session.backend.fetch, executor, work=work, copies=prepared.copies),
+                        drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
+                                    work=work if session.backend.coordinator.is_chief else leave_to_chief),
+                        input_end=prepared.input_end,
                         hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                          summary_step=session.global_step),
                         hooks_per_step=not on_xla).run()
                 result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
+                result = session.backend.coordinator.share(result)
             finally:
                 metrics.reset_owned()
                 progress.stop()
@@ -328,6 +378,7 @@ class Trainer:
                              f"{result['global_step']}", result)
         return result
 
+    @watched_generator
     def predict(self, input_fn: Callable[..., Any], predict_keys: Sequence[str] | None = None,
                 hooks: Iterable[SessionRunHook] | None = None,
                 checkpoint_path: str | os.PathLike[str] | None = None,
@@ -356,7 +407,7 @@ class Trainer:
             stack.enter_context(contextlib.closing(prepared.batches))
             stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             stack.enter_context(session.lent())
-            writer = stack.enter_context(contextlib.closing(create_file_writer(Path(self.model_dir) / "predict")))
+            writer = stack.enter_context(contextlib.closing(self._writer(session, Path(self.model_dir) / "predict")))
             executor = stack.enter_context(HostExecutor(self._config.host_queue_size))
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
             loop = PredictLoop(
@@ -365,8 +416,11 @@ class Trainer:
                 writer=writer, global_step=session.global_step,
                 hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                  summary_step=session.global_step))
+            stack.push(ends_input(prepared.input_end))
             with contextlib.closing(loop.run()) as steps:
                 for step in steps:
+                    if not session.backend.coordinator.is_chief:
+                        continue
                     predictions = select_predictions(step.join("predictions"), predict_keys)
                     if yield_single_examples:
                         yield from single_examples(predictions)
@@ -384,13 +438,43 @@ class Trainer:
             if on_xla != self._use_tpu and isinstance(source.model, nn.Module):
                 # The user's own module lives on the training devices.
                 source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
-            self._sessions[on_xla] = Session(select(self._config, use_tpu=on_xla), source, seed=self._seed)
+            backend = select(self._config, use_tpu=on_xla)
+            if not self._sessions:
+                self._seed = backend.coordinator.share(self._seed)
+            self._sessions[on_xla] = Session(backend, source, seed=self._seed)
         return self._sessions[on_xla]
 
-    def _save_policy(self) -> SavePolicy:
+    def _agreed_step(self) -> int:
+        """Returns the global step as the chief of all hosts sees it."""
+        if self._config.cluster.num_workers <= 1:
+            return self.global_step()
+        coordinator = self._session(self._use_tpu).backend.coordinator
+        return coordinator.share(self.global_step())
+
+    def _writer(self, session: Session, folder: str | Path) -> SummaryWriter:
+        """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
+        return create_file_writer(folder) if session.backend.coordinator.is_chief else MultiWriter(())
+
+    def _manager(self, session: Session, policy: SavePolicy) -> CheckpointManager | NoSave:
+        if not session.backend.coordinator.is_chief:
+            return NoSave(policy)
+        config = self._config
+        retention = RetentionPolicy(max_to_keep=config.keep_checkpoint_max,
+                                    keep_every_n_hours=config.keep_checkpoint_every_n_hours)
+        background = BackgroundSave(config.checkpoint_timeout_secs) if config.async_checkpoints else None
+        return CheckpointManager(self._store, policy, retention, background)
+
+    def _report(self, error: BaseException, phase: str) -> None:
+        """Tells the other hosts of an error that ends this one's call."""
+        if self._ends_together and isinstance(error, KeyboardInterrupt | SystemExit):
+            return
+        for session in self._sessions.values():
+            session.backend.coordinator.report(error, phase)
+
+    def _save_policy(self, session: Session) -> SavePolicy:
         steps, seconds = self._config.save_checkpoints_steps, self._config.save_checkpoints_secs
         assert not isinstance(steps, str) and not isinstance(seconds, str), "resolved by RunConfig"
-        return SavePolicy(steps, seconds)
+        return AgreedSavePolicy(session.backend.coordinator, steps, seconds)
 
     def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
         size = self._batch_sizes[mode]
@@ -403,11 +487,13 @@ class Trainer:
 
     def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold,
                  ) -> contextlib.AbstractContextManager[str | None]:
-        return borrowed_weights(session, self._sessions.get(self._use_tpu), self._store, checkpoint_path, scaffold)
+        return borrowed_weights(session, self._sessions.get(self._use_tpu),
+                                store_of(self._store, session.backend.coordinator), checkpoint_path, scaffold)
 
     def _check_sliced(self, on_xla: bool) -> None:
         configured = self._config.tpu_config.eval_training_input_configuration
-        if configured is InputPipelineConfig.SLICED and not on_xla:
+        alone = self._config.cluster.num_workers <= 1
+        if configured is InputPipelineConfig.SLICED and not on_xla and alone:
             raise ConfigError("Invalid TPUConfig `eval_training_input_configuration` value. SLICED mode only works on "
                               "use_tpu = True.")
 

@@ -7,7 +7,7 @@ from tpuspec.cli.schema import RunSettings, TrainConfig, run_config
 
 
 def test_run_has_every_field_of_run_config_and_the_steps():
-    fields = {f.name for f in dataclasses.fields(RunConfig)} - {"model_dir", "tpu_config", "show_progress"}
+    fields = {f.name for f in dataclasses.fields(RunConfig)} - {"model_dir", "tpu_config", "show_progress", "device"}
     assert {f.name for f in dataclasses.fields(RunSettings)} == fields | {"max_steps", "steps", "eval_steps"}
 
 

@@ -27,13 +27,14 @@ SLICED = InputPipelineConfig.SLICED
 def pipeline(input_fn: Callable[..., Any], *, mode: ModeKeys = EVAL, deployment: InputPipelineConfig = PER_HOST_V1,
              batch_size: int = 4, replicas: int = 2, hosts: int = 1, host: int = 0,
              params: dict[str, Any] | None = None, sleep_secs: int | None = None,
-             sleep: Callable[[float], None] | None = None) -> InputPipeline:
+             sleep: Callable[[float], None] | None = None, starts: list[dict[str, Any]] | None = None) -> InputPipeline:
     """Makes the input of one of `hosts` hosts that have `replicas` replicas in all."""
     where = {"eval_training_input_configuration": SLICED} if deployment is SLICED else {
         "per_host_input_for_training": deployment}
     config = RunConfig(tpu_config=TPUConfig(initial_infeed_sleep_secs=sleep_secs, **where))
     made = InputSettings(
         input_fn=input_fn, mode=mode, params={} if params is None else params, config=config, static_shapes=True,
+        starts=starts,
         plan=plan_input(mode, config.tpu_config, global_batch_size=batch_size, num_hosts=hosts, num_replicas=replicas),
         topology=Topology(platform="CPU", devices=tuple(f"cpu:{i}" for i in range(replicas // hosts)),
                           num_replicas_per_host=replicas // hosts,
@@ -320,13 +321,52 @@ def test_the_real_rows_of_all_steps_in_order_are_the_dataset(num_rows, per_repli
 def test_hosts_that_shard_the_dataset_lose_and_repeat_no_row(num_rows, per_replica, per_host, hosts, deployment):
     rows = torch.arange(1.0, num_rows + 1)
     found: list[float] = []
-    for host in range(hosts):
-        shard = rows[host::hosts]
-        if len(shard):
-            found += real_rows(list(pipeline(
-                lambda params, shard=shard: TensorDataset(shard, -shard), deployment=deployment, hosts=hosts, host=host,
-                batch_size=per_replica * per_host * hosts, replicas=per_host * hosts)))
+
+    def input_fn(params):
+        shard = rows[params["context"].current_host::hosts]
+        return TensorDataset(shard, -shard)
+
+    for host in range(min(hosts, num_rows)):
+        found += real_rows(list(pipeline(
+            input_fn, deployment=deployment, hosts=hosts, host=host,
+            batch_size=per_replica * per_host * hosts, replicas=per_host * hosts)))
     assert sorted(found) == rows.tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(num_rows=st.integers(1, 40), per_replica=st.integers(1, 4), per_host=st.integers(1, 3), hosts=st.integers(1, 3),
+       deployment=st.sampled_from([PER_HOST_V1, PER_HOST_V2]))
+def test_a_dataset_is_shared_out_over_hosts_that_do_not_ask_which_they_are(
+        num_rows, per_replica, per_host, hosts, deployment):
+    rows = torch.arange(1.0, num_rows + 1)
+    made = [list(pipeline(
+        lambda params: TensorDataset(rows, -rows), deployment=deployment, hosts=hosts, host=host,
+        batch_size=per_replica * per_host * hosts, replicas=per_host * hosts)) for host in range(hosts)]
+    assert len({len(batches) for batches in made}) == 1
+    found = [row for step in zip(*made, strict=True) for batch in step for row in real_rows([batch])]
+    assert found == rows.tolist()
+
+
+def test_hosts_train_on_shares_of_the_batches_of_one_host():
+    def draw(hosts, host, starts=None):
+        batches = pipeline(lambda params: TensorDataset(torch.arange(20.0), torch.arange(20.0)), mode=TRAIN,
+                           hosts=hosts, host=host, replicas=hosts, batch_size=6, starts=starts)
+        drawn = [next(batches) for _ in range(7)]
+        positions.append(drawn[3].position)
+        return [batch.replicas[0].features.tolist() for batch in drawn]
+
+    positions: list[list[dict[str, Any]]] = []
+    alone = draw(1, 0)
+    assert joined(draw(3, host) for host in range(3)) == alone
+    assert all(position == positions[0] for position in positions)
+    # Those of one host serve three, and the other way round.
+    assert joined(draw(3, host, positions[0] * 3) for host in range(3))[:3] == alone[4:]
+    assert draw(1, 0, positions[0] * 3)[:3] == alone[4:]
+
+
+def joined(hosts):
+    """The rows of each step, over all hosts."""
+    return [[row for part in step for row in part] for step in zip(*hosts, strict=True)]
 
 
 @settings(deadline=None, max_examples=50)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tpuspec.config import CaptureMode, RunConfig
-from tpuspec.errors import ConfigError
+from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.runtime.select import select
 
@@ -64,11 +65,26 @@ def test_plain_pytorch_needs_no_xla():
     assert isinstance(select(RunConfig(), use_tpu=False), NativeBackend)
 
 
-def test_several_processes_are_refused_for_now(monkeypatch):
+def test_torchruns_processes_are_refused_on_xla(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process; WORLD_SIZE=2"):
+    with pytest.raises(ConfigError, match="compute together with use_tpu=False.*WORLD_SIZE=2"):
+        select(RunConfig(), use_tpu=True)
+
+
+def test_several_processes_need_the_address_of_the_first(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 are set, and MASTER_PORT not.*torchrun sets all four"):
         select(RunConfig(), use_tpu=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told():
+    with pytest.raises(DeviceError, match="number 0, and torch .* finds 0 GPUs"):
+        select(RunConfig(device="cuda"), use_tpu=False)
 
 
 def test_required_capture_is_refused_for_now():

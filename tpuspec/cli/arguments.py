@@ -31,7 +31,7 @@ Common settings (any setting that --cfg job prints can be given):
   params.learning_rate=0.003   the config's own parameters; +params.new=1 adds one
   train_batch_size=128         global batch sizes, over all replicas
   tpu.iterations_per_loop=100  steps between two checks for checkpoints and hooks
-  use_tpu=false                plain PyTorch, without XLA
+  device=cpu                   plain PyTorch on cpu or cuda, without XLA; also of several processes under torchrun
   quiet=true                   prints results only
   'allow=[mypackage.]'         lets the config name functions of your own package
 

@@ -14,7 +14,14 @@ import numpy as np
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
-from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, DeviceError, HangError
+from tpuspec.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigTypeError,
+    DeviceError,
+    HangError,
+    HostFailureError,
+)
 from tpuspec.summary.readable import format_value
 
 DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, HUNG, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -65,7 +72,7 @@ def report(error: BaseException) -> int:
     code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
             STATE_REFUSED if isinstance(error, CheckpointError) else HUNG if isinstance(error, HangError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
-    is_of_user = code == FAILED and not isinstance(error, DeviceError)
+    is_of_user = code == FAILED and not isinstance(error, DeviceError | HostFailureError)
     if is_of_user or os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     else:

@@ -15,8 +15,8 @@ from tpuspec.config import RunConfig, TPUConfig
 from tpuspec.errors import ConfigError
 
 SCHEMA_NAME = "schema"
-# These have their own places: `model_dir`, `tpu` and `quiet`.
-_NOT_IN_RUN = ("model_dir", "tpu_config", "show_progress")
+# These have their own places: `model_dir`, `tpu`, `quiet` and `device`.
+_NOT_IN_RUN = ("model_dir", "tpu_config", "show_progress", "device")
 
 
 class Mode(Enum):
@@ -60,6 +60,7 @@ class TrainConfig:
       params: the Trainer's params; data only.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes.
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
+      device: 'cpu' or 'cuda': plain PyTorch there, which sets use_tpu to false; None leaves it to use_tpu.
       quiet: whether to print results only.
       run: RunConfig, and the number of steps.
       tpu: TPUConfig.
@@ -79,6 +80,7 @@ class TrainConfig:
     predict_batch_size: int | None = None
     use_tpu: bool = True
     eval_on_tpu: bool = True
+    device: str | None = None
     quiet: bool = False
     run: RunSettings = field(default_factory=RunSettings)  # pyright: ignore[reportInvalidTypeForm]
     tpu: TPUConfig = field(default_factory=TPUConfig)
@@ -96,7 +98,8 @@ def run_config(settings: TrainConfig) -> RunConfig:
       ConfigError: RunConfig refuses a value.
     """
     values = {name: getattr(settings.run, name) for name, _, _ in _run_config_fields()}
-    return RunConfig(**values, model_dir=settings.model_dir, tpu_config=settings.tpu, show_progress=not settings.quiet)
+    return RunConfig(**values, model_dir=settings.model_dir, tpu_config=settings.tpu, show_progress=not settings.quiet,
+                     device=settings.device)
 
 
 _WITHOUT_EFFECT = {
@@ -132,4 +135,9 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
         value = getattr(run, name)
         if value is not None and value <= 0:
             raise ConfigError(f"run.{name} must be positive, or null; got {value}.")
+    if settings.device is not None:
+        if "use_tpu" in given and settings.use_tpu:
+            raise ConfigError(f"device={settings.device} is plain PyTorch, and use_tpu=true asks for XLA's devices. "
+                              "Leave one of them out.")
+        settings.use_tpu = False
     run_config(settings)

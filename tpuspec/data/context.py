@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpuspec.data.deployment import InputCall
 from tpuspec.errors import ConfigError, SpecUsageError
@@ -23,6 +23,12 @@ class TPUContext:
     num_hosts: int
     num_replicas: int
     call: InputCall | None = None
+    _asked: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether anyone asked which call of input_fn this is, and so may deal out rows by it."""
+        return bool(self._asked)
 
     @property
     def current_host(self) -> int:
@@ -61,6 +67,7 @@ class TPUContext:
     def _input_call(self, name: str) -> InputCall:
         if self.call is None:
             raise SpecUsageError(f"{name} must not be called from model_fn; it belongs to input_fn.")
+        self._asked.append(name)
         return self.call
 
 

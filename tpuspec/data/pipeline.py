@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
 from tpuspec.data.position import Position, common_start
+from tpuspec.data.share import Share, is_map_style
 from tpuspec.data.source import raw_batches
 from tpuspec.data.structure import BatchChecker, count_rows, to_host_batch
 from tpuspec.errors import InputError
@@ -84,8 +86,12 @@ class InputPipeline:
         self._settings = settings
         calls = settings.plan.on_host(settings.topology.host_index)
         params = copy.deepcopy(dict(settings.params))  # one copy of the values for all calls, as in TPUEstimator
-        self._feeds = [_Feed(settings, call, dict(params), common_start(settings.starts, i, len(calls)))
-                       for i, call in enumerate(calls)]
+        # A checkpoint holds the positions of all hosts' calls; a training that goes on in memory those of its own.
+        is_own = settings.starts is not None and len(settings.starts) == len(calls)
+        self._feeds = [
+            _Feed(settings, call, dict(params),
+                  common_start(settings.starts, *((i, len(calls)) if is_own else (call.index, call.num_calls))))
+            for i, call in enumerate(calls)]
         self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
         self._sleep = sleep
         self._started = False
@@ -117,6 +123,13 @@ class InputPipeline:
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
         return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())), position=position)
 
+    def padding(self) -> HostBatch:
+        """Returns a step's batches without a real row, for a host whose input ended before that of others."""
+        parts = [feed.padding() for feed in self._feeds]
+        mask = torch.cat([mask for _, mask in parts])
+        return HostBatch(replicas=[batch for batches, _ in parts for batch in batches],
+                         rows=StepRows(mask=mask, num_rows=0))
+
 
 class _Feed:
     """The batches of one call of input_fn, dealt out to the replicas it feeds."""
@@ -131,21 +144,27 @@ class _Feed:
         topology = settings.topology
         if call.batch_size is not None:
             params["batch_size"] = call.batch_size
+        context = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas, call=call)
         if settings.with_context:
-            params["context"] = TPUContext(
-                num_hosts=topology.num_hosts, num_replicas=topology.num_replicas, call=call)
+            params["context"] = context
         source = call_by_name(settings.input_fn, {
             "params": params, "mode": settings.mode, "config": copy.deepcopy(settings.config),
             "input_context": InputContext(num_input_pipelines=call.num_calls, input_pipeline_id=call.index,
                                           num_replicas_in_sync=topology.num_replicas)})
+        # An input_fn that asks which call it is deals out the rows itself.
+        deals = context.was_asked or "input_context" in inspect.signature(settings.input_fn).parameters
+        share = None if deals or call.num_calls == 1 else Share(
+            index=call.index, num_calls=call.num_calls, batches_per_step=call.batches_per_step)
         self._iterator = raw_batches(
             source, input_fn=settings.input_fn, mode=settings.mode,
             batch_size=call.batch_size, seed=settings.seed,
-            start=start, strict=settings.strict_start)
+            start=start, strict=settings.strict_start, share=share)
         self._checker = None
         if settings.static_shapes:
             assert call.batch_size is not None, "plan_input gives every call a batch size"
-            self._checker = BatchChecker(batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN)
+            self._checker = BatchChecker(
+                batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN,
+                may_be_empty=share is not None and is_map_style(source))
         self._last: Batch | None = None
 
     def position(self) -> Position:

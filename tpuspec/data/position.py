@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from tpuspec.data.share import Share
 from tpuspec.errors import CheckpointError
 
 Position = dict[str, Any]
@@ -70,8 +71,9 @@ class StatefulBatches(Batches):
 class ShuffledBatches:
     """Batches of a training Dataset: shuffled by seed and epoch, repeated without end, without a short last one."""
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, start: Position | None) -> None:
-        self._dataset, self._batch_size = dataset, batch_size
+    def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, start: Position | None,
+                 share: Share) -> None:
+        self._dataset, self._batch_size, self._share = dataset, batch_size, share
         self._num_rows = len(dataset)  # type: ignore[arg-type]
         # The seed of the run that began: one without a seed of its own is resumed exactly too.
         self._seed = seed if start is None else start["seed"]
@@ -88,11 +90,15 @@ class ShuffledBatches:
         while True:
             seed = self._seed + self._epoch
             order = list(RandomSampler(self._dataset, generator=torch.Generator().manual_seed(seed)))  # type: ignore
-            batches = list(BatchSampler(order[self._rows:], self._batch_size, drop_last=True))
+            size = self._share.step_size(self._batch_size)
+            batches = [batch for step in BatchSampler(order[self._rows:], size, drop_last=True)
+                       for batch in self._share.of(step, self._batch_size)]
             # A generator of its own: a DataLoader would otherwise draw from torch's global random state.
             own = torch.Generator().manual_seed(seed)
-            for batch in DataLoader(self._dataset, batch_sampler=batches, generator=own):
-                self._rows += self._batch_size
+            loader = DataLoader(self._dataset, batch_sampler=batches, generator=own)
+            for number, batch in enumerate(loader, start=1):
+                # Those of a step over all calls, at its last batch: the position is then the same for every call.
+                self._rows += size if number % self._share.batches_per_step == 0 else 0
                 yield batch
             self._epoch, self._rows = self._epoch + 1, 0
 

@@ -19,6 +19,7 @@ from tpuspec.data.position import (
     check_start,
     is_stateful,
 )
+from tpuspec.data.share import Share, shared_batches
 from tpuspec.errors import InputError, InputTypeError
 from tpuspec.spec.functions import describe
 from tpuspec.spec.mode import ModeKeys
@@ -33,7 +34,7 @@ class RawBatches(Iterator[Any], Protocol):
 
 
 def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, batch_size: int | None, seed: int,
-                start: Position | None = None, strict: bool = True) -> RawBatches:
+                start: Position | None = None, strict: bool = True, share: Share | None = None) -> RawBatches:
     """Returns an iterator over the batches of what input_fn returned.
 
     A map-style Dataset is batched here. In TRAIN it is shuffled by seed and epoch, repeated without end, and a short
@@ -48,6 +49,7 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
       seed: of the shuffle.
       start: where a training input stood; None is its start.
       strict: whether a start that this input cannot go back to is an error; else it begins anew.
+      share: the rows of each step of a map-style Dataset that are this call's; None for all.
 
     Raises:
       InputError: one batch instead of an iterable of batches, or a Dataset that cannot fill one batch.
@@ -60,7 +62,8 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
             f"batch ({type(source).__name__}). Return [batch] for a single batch, or itertools.repeat(batch) for the "
             "same one at every step.")
     if isinstance(source, Dataset):
-        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed, start=start, strict=strict)
+        return _dataset_batches(source, mode=mode, batch_size=batch_size, seed=seed, start=start, strict=strict,
+                                share=share)
     if not isinstance(source, Iterable):
         raise InputTypeError(
             f"input_fn ({describe(input_fn)}) should return a Dataset, a DataLoader or an iterable of batches; got "
@@ -74,7 +77,7 @@ def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, ba
 
 
 def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int | None, seed: int,
-                     start: Position | None, strict: bool) -> RawBatches:
+                     start: Position | None, strict: bool, share: Share | None) -> RawBatches:
     training = mode is ModeKeys.TRAIN
     if batch_size is None:
         raise InputError(f"a Dataset needs a batch size to be batched by; pass the batch size of mode {mode} to "
@@ -89,10 +92,13 @@ def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int |
         check_start(start, "iterable", strict=strict)
         return Batches(DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator))
     num_rows = len(dataset)  # type: ignore[arg-type]
-    if training and 0 < num_rows < batch_size:
-        raise InputError(f"the training Dataset has {num_rows} rows, less than one batch of {batch_size}. "
+    step_size = batch_size if share is None else share.step_size(batch_size)
+    if training and 0 < num_rows < step_size:
+        raise InputError(f"the training Dataset has {num_rows} rows, less than one batch of {step_size}. "
                          "Lower train_batch_size.")
+    if not training and share is not None:
+        return Batches(shared_batches(dataset, share, batch_size))
     if not training:
         return Batches(DataLoader(dataset, batch_size=batch_size, generator=generator))
     start = check_start(start, "dataset", num_rows=num_rows, strict=strict)
-    return ShuffledBatches(dataset, batch_size, seed, start)
+    return ShuffledBatches(dataset, batch_size, seed, start, share or Share())

@@ -107,9 +107,11 @@ class BatchChecker:
     Args:
       batch_size: rows a batch should have.
       exact: whether fewer rows are an error (train), rather than a batch to pad (eval, predict).
+      may_be_empty: whether batches without rows may follow the last one with rows.
     """
 
-    def __init__(self, *, batch_size: int, exact: bool) -> None:
+    def __init__(self, *, batch_size: int, exact: bool, may_be_empty: bool = False) -> None:
+        self._may_be_empty = may_be_empty
         self._batch_size = batch_size
         self._exact = exact
         self._first: Signature | None = None
@@ -135,6 +137,9 @@ class BatchChecker:
         return num_rows
 
     def _check_rows(self, num_rows: int) -> None:
+        if num_rows == 0 and self._may_be_empty:
+            self._short = 0
+            return
         if num_rows == 0:
             raise InputError("input_fn yielded a batch without rows.")
         if num_rows > self._batch_size:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.host.drain import Drain
+from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.spec.backend import Backend, CompiledStep
 
@@ -22,6 +23,7 @@ class EvaluateLoop:
       drain: takes each step's outputs to the host.
       hooks: of this call.
       max_steps: steps at most; None for all.
+      input_end: ends the input of the other hosts, where this one stops before its end.
       hooks_per_step: whether hooks fire around each step, as without XLA.
     """
 
@@ -31,6 +33,7 @@ class EvaluateLoop:
     drain: Drain
     hooks: HookRunner
     max_steps: int | None = None
+    input_end: InputEnd = field(default_factory=InputEnd)
     hooks_per_step: bool = False
 
     def run(self) -> int:
@@ -50,6 +53,7 @@ class EvaluateLoop:
                 self.drain.submit(num_steps, outputs, batch.rows)
                 if self.hooks_per_step:
                     self.hooks.after_run(num_steps, outputs[0].functions.hooks)
+            self.input_end.end()
             self.step.publish()
             self.drain.flush()
             if not self.hooks_per_step:

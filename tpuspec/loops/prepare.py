@@ -16,6 +16,7 @@ from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.data.position import Position
 from tpuspec.data.prefetch import PrefetchedBatches
+from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
 from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
@@ -44,13 +45,15 @@ class Prepared:
       batches: the input, from its first batch; to be closed.
       step: the step, ready to run.
       rehearsal: what the first spec says.
-      copies: replicas that get the same rows: all of this host's in BROADCAST, else 1.
+      copies: replicas that get the same rows: in BROADCAST all whose outputs this host has, else 1.
+      input_end: ends the input of all hosts where this one stops.
     """
 
     batches: PrefetchedBatches[HostBatch]
     step: CompiledStep
     rehearsal: Rehearsal
     copies: int
+    input_end: InputEnd
 
 
 class Preparation:
@@ -75,7 +78,9 @@ class Preparation:
         self._model_fn, self._params, self._config = model_fn, params, config
         self._session, self._mode, self._on_xla, self._seed = session, mode, on_xla, seed
         topology = session.backend.topology
-        self.plan = plan_native_input(global_batch_size) if not on_xla else plan_input(
+        # Several hosts bring host tensors together as XLA's replicas do, so that metric_fn sees all rows.
+        self._is_joined = on_xla or topology.num_hosts > 1
+        self.plan = plan_native_input(global_batch_size) if not self._is_joined else plan_input(
             mode, config.tpu_config, global_batch_size=global_batch_size, num_hosts=topology.num_hosts,
             num_replicas=topology.num_replicas)
 
@@ -93,10 +98,12 @@ class Preparation:
         """
         session, mode = self._session, self._mode
         backend = session.backend
-        batches = InputPipeline(InputSettings(
+        settings = InputSettings(
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
-            topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._on_xla,
-            seed=self._seed, starts=starts, strict_start=strict_start))
+            topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
+            seed=self._seed, starts=starts, strict_start=strict_start)
+        batches, input_end = agreed_input(
+            lambda: InputPipeline(settings), backend.coordinator, self.plan, backend.topology, mode)
         restore_random()
         first = next(batches)
         warn_of_mixed_precision(first.replicas[0], session.module)
@@ -105,17 +112,27 @@ class Preparation:
         rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])
         step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
         return Prepared(
-            batches=PrefetchedBatches(batches, num_batches=self._config.prefetch_batches, first=[first]),
+            batches=PrefetchedBatches(
+                # Several hosts ask one another for each batch, which belongs to the loop's thread.
+                batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
+                first=[first]),
             step=session.compiled_step(mode, step),
-            rehearsal=rehearsal, copies=len(session.replicas) if self.plan.broadcast else 1)
+            rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)
+
+    def _num_copies(self) -> int:
+        if not self.plan.broadcast:
+            return 1
+        topology = self._session.backend.topology
+        # The chief has the outputs of all hosts.
+        return topology.num_replicas if topology.is_chief else topology.num_replicas_per_host
 
     def _model_fn_call(self) -> ModelFnCall:
         topology = self._session.backend.topology
         params = {**self._params, "use_tpu": self._on_xla}
         if self.plan.replica_batch_size is not None:
             params["batch_size"] = self.plan.replica_batch_size
-        if self._on_xla:
+        if self._is_joined:
             params["context"] = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas)
         return ModelFnCall(
-            model_fn=self._model_fn, mode=self._mode, params=params, config=self._config, on_xla=self._on_xla,
-            batch_size=self.plan.replica_batch_size if self._on_xla else None, num_replicas=topology.num_replicas)
+            model_fn=self._model_fn, mode=self._mode, params=params, config=self._config, on_xla=self._is_joined,
+            batch_size=self.plan.replica_batch_size if self._is_joined else None, num_replicas=topology.num_replicas)

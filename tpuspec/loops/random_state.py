@@ -22,6 +22,23 @@ def read_random_state(backend: Backend) -> dict[str, Any]:
             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]}
 
 
+def collect_positions(backend: Backend, input_position: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Returns what a checkpoint holds of the input's position and of random state: on the chief that of all hosts."""
+    random_state = read_random_state(backend)
+    hosts = backend.coordinator.collect([input_position, random_state])
+    if hosts is None or len(hosts) == 1:
+        return {"input": input_position, "random": random_state}
+    calls = [call for position, _ in hosts for call in position or []]
+    return {"input": calls or None, "random": {"hosts": [state for _, state in hosts]}}
+
+
+def _of_this_host(random_state: dict[str, Any] | None, backend: Backend) -> dict[str, Any] | None:
+    """Returns one host's share of a random state; None where it was saved by another number of hosts."""
+    coordinator = backend.coordinator
+    states = [random_state] if random_state is None or "hosts" not in random_state else random_state["hosts"]
+    return states[coordinator.host_index] if len(states) == coordinator.num_hosts else None
+
+
 def set_host_random_state(state: dict[str, Any]) -> None:
     """Puts torch's, numpy's and Python's random state back."""
     torch.set_rng_state(state["torch"])
@@ -66,7 +83,8 @@ class RunPosition:
         if missing and exact:
             raise CheckpointError(f"The run cannot be resumed exactly: the checkpoint of step {state.global_step} "
                                   f"lacks {' and '.join(missing)}. Set RunConfig(allow_inexact_resume=True).")
-        return cls(input=state.extra.get("input"), random=state.extra.get("random"), strict=exact)
+        return cls(input=state.extra.get("input"), random=_of_this_host(state.extra.get("random"), session.backend),
+                   strict=exact)
 
     def set_host(self) -> None:
         """Puts the host's random state back, before the first batch is drawn."""

@@ -9,6 +9,7 @@ from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.errors import TpuspecError
+from tpuspec.loops.agreement import NoSave
 from tpuspec.loops.hooks import ListenerRunner
 from tpuspec.spec.hooks import CheckpointSaverListener
 
@@ -25,7 +26,7 @@ class Saver:
       listeners: called around each save.
     """
 
-    def __init__(self, manager: CheckpointManager, policy: SavePolicy, read_state: Callable[[], TrainingState],
+    def __init__(self, manager: CheckpointManager | NoSave, policy: SavePolicy, read_state: Callable[[], TrainingState],
                  listeners: Sequence[CheckpointSaverListener]) -> None:
         self._manager = manager
         self._policy = policy

@@ -19,7 +19,7 @@ from tpuspec.checkpoint.state import TrainingState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
-from tpuspec.loops.random_state import read_random_state
+from tpuspec.loops.random_state import collect_positions
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
@@ -212,7 +212,7 @@ class Session:
         optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
                              optimizers=_own(self.backend.fetch(optimizers), optimizers),
-                             extra={"input": self.input_position, "random": read_random_state(self.backend)})
+                             extra=collect_positions(self.backend, self.input_position))
 
     def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
         """Loads a module's state dict on every replica.

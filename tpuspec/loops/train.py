@@ -13,6 +13,7 @@ import torch
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.position import ENDED
 from tpuspec.host.drain import Drain, join_micro_steps
+from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.saving import Saver
@@ -45,6 +46,7 @@ class TrainLoop:
       hooks: of this call.
       saver: of checkpoints.
       restored: whether the first state stands in a checkpoint already.
+      input_end: ends the input of the other hosts, where this one stops before its end.
       clock: seconds, for loops that fill a time.
     """
 
@@ -56,6 +58,7 @@ class TrainLoop:
     hooks: HookRunner
     saver: Saver
     restored: bool = False
+    input_end: InputEnd = field(default_factory=InputEnd)
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     def run(self) -> bool:
@@ -86,6 +89,7 @@ class TrainLoop:
                 context.request_stop()
             if session.global_step > first:
                 self.hooks.after_run(session.global_step, last_outputs[0].functions.hooks)
+        self.input_end.end()
         self.drain.flush()
         self.saver.end(session.global_step)
         return input_ended
@@ -116,7 +120,8 @@ class TrainLoop:
                     self.session.drop_gradients()
                     logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
                                    len(micro_steps))
-                self.session.input_position = [ENDED]
+                if not self.input_end.was_stopped:  # by another host, which stands within its input as this one does
+                    self.session.input_position = [ENDED]
                 return None
             num_rows += batch.rows.num_rows
             micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))

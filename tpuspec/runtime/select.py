@@ -22,19 +22,22 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
 
     Args:
       config: the settings of the run.
-      use_tpu: XLA (TPU, or CPU where there is none) if true, plain PyTorch on the CPU if not.
+      use_tpu: XLA (TPU, or CPU where there is none) if true, plain PyTorch on CPU or GPU if not.
 
     Raises:
       DeviceError: torch_xla is missing, no device is found, or a client already runs with other settings.
       ConfigError: the settings do not fit the devices.
     """
-    num_workers = config.cluster.num_workers
-    if num_workers > 1:
-        raise ConfigError(f"this version of tpuspec drives one process; WORLD_SIZE={num_workers}. Start one process.")
     if config.capture is CaptureMode.require:
         raise ConfigError("capture=require: this version of tpuspec traces every step. Set capture=auto.")
     if not use_tpu:
-        return NativeBackend()
+        return NativeBackend.start(config)
+    num_workers = config.cluster.num_workers
+    if num_workers > 1:
+        raise ConfigError(
+            "torchrun's processes compute together with use_tpu=False (device=cpu or cuda); got "
+            f"WORLD_SIZE={num_workers} and use_tpu=True. "
+            "XLA finds the hosts of a TPU pod itself: start one process a host, without torchrun.")
     platform, reason = choose_platform()
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
     from tpuspec.runtime.xla_replicas import XlaReplicas

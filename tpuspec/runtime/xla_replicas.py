@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tpuspec.config import RunConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
@@ -33,6 +34,7 @@ class XlaReplicas:
 
     static_shapes = True
     step_kind = "traced"
+    coordinator = Alone()
 
     def __init__(self, devices: Sequence[torch.device], topology: Topology) -> None:
         self._devices = tuple(devices)

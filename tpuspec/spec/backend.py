@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.results import Batch, StepOutput
 
 T = TypeVar("T")
@@ -104,12 +105,16 @@ class Backend(Protocol):
 
     Attributes:
       topology: who computes.
+      coordinator: what the hosts decide together.
       static_shapes: whether every batch must have one shape, so that short batches are padded.
       step_kind: how steps run, for the progress line: 'traced', 'replay' or 'eager'.
     """
 
     @property
     def topology(self) -> Topology: ...
+
+    @property
+    def coordinator(self) -> Coordinator: ...
 
     @property
     def static_shapes(self) -> bool: ...

@@ -1,0 +1,60 @@
+"""Checkpoints on several hosts: the chief reads and writes them, and the others get what it has read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from tpuspec.checkpoint.state import TrainingState
+from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.spec.coordinator import Coordinator
+
+
+class ChiefStore(CheckpointStore):
+    """A store whose every method is called on all hosts, and whose folder only the chief needs to see.
+
+    Args:
+      store: of the chief's model_dir.
+      coordinator: of the hosts.
+    """
+
+    def __init__(self, store: CheckpointStore, coordinator: Coordinator) -> None:
+        super().__init__(store.model_dir)
+        self._store = store
+        self._coordinator = coordinator
+
+    def prepare(self) -> None:
+        if self._coordinator.is_chief:
+            self._store.prepare()
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return self._store.writing() if self._coordinator.is_chief else contextlib.nullcontext()
+
+    def steps(self) -> list[int]:
+        return self._coordinator.share(self._store.steps() if self._coordinator.is_chief else [])
+
+    def check_writable(self) -> None:
+        if self._coordinator.is_chief:
+            self._store.check_writable()
+
+    def latest(self) -> Path | None:
+        path = self._store.latest() if self._coordinator.is_chief else None
+        shared = self._coordinator.share(None if path is None else str(path))
+        return None if shared is None else Path(shared)
+
+    def read_step(self, path: str | os.PathLike[str]) -> int:
+        return self._coordinator.share(self._store.read_step(path) if self._coordinator.is_chief else 0)
+
+    def load(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
+        tree = None
+        if self._coordinator.is_chief:
+            state = self._store.load(path, optimizers=optimizers)
+            tree = [state.global_step, state.model, state.optimizers, state.extra]
+        step, model, optimizer_states, extra = self._coordinator.share(tree)  # type: ignore[misc]
+        return TrainingState(global_step=step, model=model, optimizers=optimizer_states, extra=extra)
+
+
+def store_of(store: CheckpointStore, coordinator: Coordinator) -> CheckpointStore:
+    """Returns the store as all hosts use it together; on one host, the store itself."""
+    return store if coordinator.num_hosts == 1 else ChiefStore(store, coordinator)
