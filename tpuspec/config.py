@@ -180,6 +180,7 @@ class RunConfig:
       prefetch_batches: host batches made ready ahead, on a thread, where drawing one takes long; 0 for none.
       compile_cache: folder for compiled programs that later runs need not compile again; 'default' is tpuspec/xla in
         the user's cache folder, None keeps none. XLA:CPU cannot read programs back, and goes without.
+      audit_every_steps: replayed steps between two traces that check that the step is still what was captured.
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
@@ -210,6 +211,7 @@ class RunConfig:
     capture: Any = CaptureMode.auto
     prefetch_batches: int = 2
     compile_cache: str | None = DEFAULT_COMPILE_CACHE
+    audit_every_steps: int = 1000
     host_queue_size: int = 8
     show_progress: bool = True
     async_checkpoints: bool = True
@@ -308,6 +310,8 @@ def validate(config: RunConfig) -> None:
     if config.compile_cache is not None and (not isinstance(config.compile_cache, str) or not config.compile_cache):
         raise ConfigError("compile_cache must be a folder, 'default', or None for no cache; got "
                           f"{config.compile_cache!r}.")
+    if not _is_int(config.audit_every_steps) or config.audit_every_steps < 1:
+        raise ConfigError(f"audit_every_steps must be a positive int; got {config.audit_every_steps!r}.")
     if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
     if not isinstance(config.tpu_config, TPUConfig):

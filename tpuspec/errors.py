@@ -9,6 +9,7 @@ TpuspecError
 ├── InputError (ValueError)          what input_fn returned or yielded
 ├── InputTypeError (TypeError)       the same, of a wrong type
 ├── HostCallError (RuntimeError)     user code on the host (metric_fn, host_call) raised
+├── CaptureError (RuntimeError)      a step cannot be captured and replayed, or is not what was captured
 ├── DeviceError (RuntimeError)       no device, no torch_xla, or a client already started otherwise
 ├── NonFiniteLossError (ArithmeticError)  the loss is NaN or infinite
 ├── HangError (TimeoutError)         nothing moves any more: exit code 4
@@ -55,6 +56,10 @@ class InputTypeError(TpuspecError, TypeError):
 
 class HostCallError(TpuspecError, RuntimeError):
     """User code that runs on the host for each step raised; the user's own error is the cause."""
+
+
+class CaptureError(TpuspecError, RuntimeError):
+    """A step cannot be captured although that is required, or a replayed step is no longer what model_fn computes."""
 
 
 class DeviceError(TpuspecError, RuntimeError):

@@ -276,7 +276,7 @@ class Trainer:
         with (contextlib.closing(prepared.batches),
               contextlib.closing(self._writer(session, self.model_dir)) as writer):
             work = TrainWork(
-                writer=writer, progress=progress, step_kind=session.backend.step_kind,
+                writer=writer, progress=progress, step_kind=lambda: session.backend.step_kind,
                 summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
                 stop_on_nan=config.stop_on_nan)
             progress.start("train", last_step)
@@ -353,7 +353,8 @@ class Trainer:
             progress = Progress(enabled=False) if self._training_input is not None else self._progress
             metrics = MetricState()
             context = HookContext(mode=ModeKeys.EVAL, model=session.module)
-            work = EvalWork(writer=writer, metrics=metrics, progress=progress, step_kind=session.backend.step_kind,
+            work = EvalWork(writer=writer, metrics=metrics, progress=progress,
+                            step_kind=lambda: session.backend.step_kind,
                             global_step=session.global_step)
             self._banner(session)
             progress.start(f"eval{f' {name}' if name else ''}", steps)

@@ -105,7 +105,7 @@ class TestLossMean:
 
 def train_work(writer: MemoryWriter, *, summary_every: int | None = None, log_every: int | None = None,
                clock: ManualClock | None = None) -> TrainWork:
-    return TrainWork(writer=writer, progress=Progress(enabled=False), step_kind="eager",
+    return TrainWork(writer=writer, progress=Progress(enabled=False), step_kind=lambda: "eager",
                      summary_every=summary_every, log_every=log_every, clock=clock or ManualClock())
 
 
@@ -170,7 +170,7 @@ def test_host_08_throughput_counts_steps_and_real_rows_since_the_measurement_bef
 def eval_work(writer: MemoryWriter | None = None) -> tuple[EvalWork, MetricState]:
     metrics = MetricState()
     return EvalWork(writer=writer or MemoryWriter(), metrics=metrics, progress=Progress(enabled=False),
-                    step_kind="eager", global_step=40), metrics
+                    step_kind=lambda: "eager", global_step=40), metrics
 
 
 def test_metric_fn_sees_each_steps_tensors_by_position_or_by_name():

@@ -42,14 +42,14 @@ class TrainWork:
     Args:
       writer: of model_dir.
       progress: the progress line.
-      step_kind: how steps run, for the line.
+      step_kind: tells how the newest step ran, for the line.
       summary_every: steps between summaries; None or 0 for none.
       log_every: steps between throughput measurements; None or 0 for none.
       stop_on_nan: whether a loss that is NaN or infinite is an error.
       clock: seconds.
     """
-    def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: str, summary_every: int | None,
-                 log_every: int | None, stop_on_nan: bool = True,
+    def __init__(self, *, writer: SummaryWriter, progress: Progress, step_kind: Callable[[], str],
+                 summary_every: int | None, log_every: int | None, stop_on_nan: bool = True,
                  clock: Callable[[], float] = time.perf_counter) -> None:
         self._writer = writer
         self._progress = progress
@@ -117,7 +117,7 @@ class TrainWork:
 
     def _show(self, step: int, loss: float) -> None:
         self._progress.update(step, loss=loss, steps_per_second=self._rates[0], examples_per_second=self._rates[1],
-                              step_kind=self._step_kind)
+                              step_kind=self._step_kind())
 
     def _write_loss(self, step: int, loss: float) -> None:
         self._written_step = step
@@ -132,11 +132,11 @@ class EvalWork:
       writer: of the evaluation's folder.
       metrics: takes what metric_fn returns.
       progress: the progress line.
-      step_kind: how steps run, for the line.
+      step_kind: tells how the newest step ran, for the line.
       global_step: of the evaluated weights; the default step of summaries.
     """
 
-    def __init__(self, *, writer: SummaryWriter, metrics: MetricState, progress: Progress, step_kind: str,
+    def __init__(self, *, writer: SummaryWriter, metrics: MetricState, progress: Progress, step_kind: Callable[[], str],
                  global_step: int) -> None:
         self.loss = LossMean()
         self.num_rows = 0
@@ -164,7 +164,7 @@ class EvalWork:
                 run_host_function("host_call", functions.host_call, step.join("host_call"), step=step.step)
         if self._progress.is_live:
             self._progress.update(step.step, loss=None, steps_per_second=None, examples_per_second=None,
-                                  step_kind=self._step_kind)
+                                  step_kind=self._step_kind())
 
     def _update(self, results: Any, step: DrainedStep) -> None:
         try:

@@ -195,6 +195,8 @@ class Session:
         try:
             yield
         finally:
+            for step in self._compiled.values():
+                step.publish()  # also where the loop was left early: the next one starts from the modules again
             for part, training in modes:
                 part.training = training
             self.backend.set_rng_state(random_state)

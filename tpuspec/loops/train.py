@@ -23,6 +23,16 @@ from tpuspec.spec.results import StepOutput, StepRows
 
 logger = logging.getLogger(__name__)
 
+_STALE_READS = ("deleted or donated", "while an async operation is in flight")
+
+
+def explain_stale_read(error: BaseException) -> None:
+    """Adds a note to the runtime's error where it comes from reading a model's weights within a loop."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _STALE_READS):
+        error.add_note("Within a loop of iterations_per_loop steps the newest state lives in the compiled program. The "
+                       "module and the optimizer can be read only at loop boundaries (hooks, checkpoints, after "
+                       "train()), or pass what you need as a tensor of host_call.")
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainLoop:
@@ -66,7 +76,10 @@ class TrainLoop:
         with self.hooks:
             try:
                 return self._run()
-            except BaseException:
+            except BaseException as error:
+                explain_stale_read(error)
+                with contextlib.suppress(Exception):
+                    self.step.publish()
                 with contextlib.suppress(Exception):
                     self.session.settle()
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
@@ -28,9 +29,9 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
       DeviceError: torch_xla is missing, no device is found, or a client already runs with other settings.
       ConfigError: the settings do not fit the devices.
     """
-    if config.capture is CaptureMode.require:
-        raise ConfigError("capture=require: this version of tpuspec traces every step. Set capture=auto.")
     if not use_tpu:
+        if config.capture is CaptureMode.require:
+            raise ConfigError("capture=require: plain PyTorch (use_tpu=False) captures nothing. Set capture=auto.")
         return NativeBackend.start(config)
     num_workers = config.cluster.num_workers
     if num_workers > 1:
@@ -39,11 +40,24 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
             f"WORLD_SIZE={num_workers} and use_tpu=True. "
             "XLA finds the hosts of a TPU pod itself: start one process a host, without torchrun.")
     platform, reason = choose_platform()
+    if platform == "CPU" and config.tpu_config.num_shards is not None:
+        _make_cpu_devices(config.tpu_config.num_shards)
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
     from tpuspec.runtime.xla_replicas import XlaReplicas
 
     initialize_compile_cache(config, platform)
     return XlaReplicas.start(config, platform=platform, reason=reason)
+
+
+def _make_cpu_devices(num_devices: int) -> None:
+    """Asks the XLA client of this process, if it has not started, for that many CPU devices."""
+    torch_xla = sys.modules.get("torch_xla")
+    started = torch_xla is not None and torch_xla._XLAC._xla_runtime_is_initialized()
+    if num_devices > 1 and not started:
+        os.environ.setdefault("CPU_NUM_DEVICES", str(num_devices))
+        # Each device's part of a collective waits in a thread of its own: a pool as small as the machine would hang.
+        for name, threads in {"XLA_THREAD_POOL_SIZE": 64, "NPROC": 32, "PJRT_NPROC": 32}.items():
+            os.environ.setdefault(name, str(threads))
 
 
 def choose_platform() -> tuple[str, str]:

@@ -1,14 +1,13 @@
-"""XLA, data parallel: one replica per local device, all driven by one Python thread.
-
-This version drives one device, and traces each step anew.
-"""
+"""XLA, data parallel: one replica per local device, all driven by one Python thread."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch_xla
@@ -17,9 +16,12 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tpuspec.config import RunConfig
+from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime import graph
 from tpuspec.runtime.alone import Alone
+from tpuspec.runtime.capture import CapturedStep
+from tpuspec.runtime.learning_rates import LearningRates, make_capturable
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
@@ -28,17 +30,32 @@ from tpuspec.spec.train_op import reduce_with
 
 T = TypeVar("T")
 
+_SEED_OF_REPLICA = 0x9E3779B97F4A7C15
+"""Replica i draws with seed + i times this, so that no two of them drop the same units; replica 0 as one device."""
+
 
 class XlaReplicas:
     """The XLA devices of this host as replicas; see `spec.backend.Backend` for the verbs."""
 
     static_shapes = True
-    step_kind = "traced"
     coordinator = Alone()
 
-    def __init__(self, devices: Sequence[torch.device], topology: Topology) -> None:
+    def __init__(self, devices: Sequence[torch.device], topology: Topology, *,
+                 capture: CaptureMode = CaptureMode.off, audit_every_steps: int = 1000,
+                 groups: list[list[int]] | None = None) -> None:
         self._devices = tuple(devices)
+        self._names = tuple(str(device) for device in devices)
+        self._capture, self._audit_every = capture, audit_every_steps
+        self._groups = groups
+        self._newest: CapturedStep | None = None
         self.topology = topology
+
+    @property
+    def step_kind(self) -> str:
+        """How the newest step ran, 'traced' or 'replay'; before the first one 'captured' where that is allowed."""
+        if self._newest is None:
+            return "traced" if self._capture is CaptureMode.off else "captured"
+        return self._newest.kind
 
     @classmethod
     def start(cls, config: RunConfig, *, platform: str, reason: str) -> XlaReplicas:
@@ -61,63 +78,91 @@ class XlaReplicas:
                 f"The XLA client of this process already runs on {hardware}; PJRT_DEVICE={platform} came too late. "
                 "Set PJRT_DEVICE before the first XLA call of the process.")
         shards = config.tpu_config.num_shards
-        if hardware == "CPU" and already_runs and _wanted_cpu_devices() != num_devices:
+        is_cpu = hardware == "CPU"
+        if is_cpu and already_runs and shards is None and _wanted_cpu_devices() != num_devices:
             raise DeviceError(
                 f"The XLA client of this process already runs with {num_devices} CPU devices; CPU_NUM_DEVICES="
                 f"{_wanted_cpu_devices()} came too late. Set it before the first XLA call of the process.")
-        num_replicas = count_replicas(config.tpu_config, num_devices=num_devices, num_devices_per_host=num_devices)
         if (config.tpu_config.num_cores_per_replica or 1) > 1 or config.tpu_config.input_partition_dims is not None:
             raise ConfigError("this version of tpuspec keeps each replica on one device. Leave num_cores_per_replica "
                               "and input_partition_dims None.")
-        if num_replicas > 1:
-            raise ConfigError(
-                f"this version of tpuspec drives one device; {num_devices} were found and num_shards={shards}. "
-                "Set TPUConfig(num_shards=1)" + (" or CPU_NUM_DEVICES=1." if hardware == "CPU" else "."))
+        if is_cpu and shards is not None:
+            if num_devices % shards:
+                raise ConfigError(
+                    f"TPUConfig.num_shards is not set correctly, it should be ({num_devices}), or divide it, got "
+                    f"({shards}). The XLA client of this process already runs with that many CPU devices: set "
+                    f"CPU_NUM_DEVICES={shards} before the first XLA call, or make the Trainer with the most shards "
+                    "first. Leave it None to take what is found.")
+            num_replicas = shards
+        else:
+            num_replicas = count_replicas(config.tpu_config, num_devices=num_devices,
+                                          num_devices_per_host=num_devices)
         devices = [torch_xla.device(i) for i in range(num_replicas)]
         names = tuple(f"{hardware}:{i}" for i in range(num_replicas))
+        # A program is compiled for all devices of the client: those that take no part make groups of their own.
+        groups = None if num_replicas == num_devices else [
+            list(range(first, first + num_replicas)) for first in range(0, num_devices, num_replicas)]
         return cls(devices, Topology(
-            platform=hardware, devices=names, num_replicas_per_host=num_replicas, reason=reason))
+            platform=hardware, devices=names, num_replicas_per_host=num_replicas, reason=reason),
+            capture=config.capture, audit_every_steps=config.audit_every_steps, groups=groups)
 
     def place(self, model: nn.Module | None) -> list[Replica]:
-        """Moves the module to the device."""
-        device = self._devices[0]
-        if model is not None:
-            move_module(model, device)
-        replica = Replica(ordinal=0, device=device, model=model,
-                          global_step=torch.zeros(1, dtype=torch.int64).to(device))
+        """Puts a copy of the module on each device: the first holds the module itself."""
+        replicas = []
+        modules = [model, *(copy.deepcopy(model) for _ in self._devices[1:])]
+        for ordinal, (device, module) in enumerate(zip(self._devices, modules, strict=True)):
+            graph.use_device(self._names[ordinal])
+            if module is not None:
+                move_module(module, device)
+            replicas.append(Replica(ordinal=ordinal, device=device, model=module,
+                                    global_step=torch.zeros(1, dtype=torch.int64).to(device)))
+        graph.use_device(self._names[0])
         torch_xla.sync(wait=True)
-        return [replica]
+        return replicas
 
     def seed(self, seed: int) -> None:
-        """Seeds torch on the host and the random state of each device."""
+        """Seeds torch on the host and the random state of each device, each with its own."""
         torch.manual_seed(seed)
-        for device in self._devices:
-            xm.set_rng_state(seed, str(device))
+        for ordinal, device in enumerate(self._names):
+            graph.set_seed((seed + ordinal * _SEED_OF_REPLICA) % (1 << 64), device)
 
     def rng_state(self) -> RngState:
         """Reads torch's random state on the host and the seed of each device."""
         return RngState(host=torch.get_rng_state(),
-                        devices=tuple(xm.get_rng_state(str(device)) for device in self._devices))
+                        devices=tuple(graph.get_seed(device) for device in self._names))
 
     def set_rng_state(self, state: RngState) -> None:
         """Puts the random state of host and devices back."""
         torch.set_rng_state(state.host)
-        for device, seed in zip(self._devices, state.devices, strict=True):
-            xm.set_rng_state(seed, str(device))
+        for device, seed in zip(self._names, state.devices, strict=True):
+            graph.set_seed(seed, device)
 
     def feed(self, batches: Sequence[Batch]) -> list[Batch]:
         """Sends each replica's tensors in one call."""
-        return [self._send(batch, device) for batch, device in zip(batches, self._devices, strict=True)]
-
-    def _send(self, batch: Batch, device: torch.device) -> Batch:
-        tensors: list[Tensor] = []
-        batch.map(tensors.append)
-        sent = iter(torch_xla._XLAC._xla_tensors_from_aten(tensors, [str(device)] * len(tensors), None))
-        return batch.map(lambda _: next(sent))
+        return [SentBatch(batch, graph.send(batch.tensors(), device))  # type: ignore[misc]  # a Batch in all but name
+                for batch, device in zip(batches, self._names, strict=True)]
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
-        """Wraps the step; XLA compiles it when it first runs."""
-        return TracedStep(backend=self, step=step, replicas=tuple(replicas))
+        """Makes a step that is traced, compiled and, unless capture is off, replayed when it is called."""
+        for replica in replicas:
+            for optimizer in replica.optimizers.values():
+                make_capturable(optimizer)
+        alone = len(replicas) == 1
+        return _Newest(self, CapturedStep(
+            step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step,
+            name=getattr(step, "name", "the step"),
+            fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
+                                rates=LearningRates(replicas)) if alone else None))
+
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[None]:
+        several = len(self._devices) > 1
+        graph.set_replication([name.replace("xla", self.topology.platform) for name in self._names] if several else [])
+        try:
+            with reduce_with(self):
+                yield
+        finally:
+            graph.use_device(self._names[0])
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
         """Traces `fn`; nothing is compiled, and buffers and random state are put back."""
@@ -129,47 +174,111 @@ class XlaReplicas:
             self.set_rng_state(random_state)
             if replica.model is not None and (buffers := list(replica.model.buffers())):
                 # Makes the written-back buffers plain device data: the first step's graph is then that of all others.
-                torch_xla._XLAC._xla_sync_multi(buffers, [str(replica.device)], False, True)
+                graph.materialize(buffers, str(replica.device))
 
     def fetch(self, tree: T) -> T:
-        """Copies every XLA tensor of the structure to the host in one transfer."""
+        """Copies every XLA tensor of the structure to the host, in one transfer a device."""
         leaves, structure = pytree.tree_flatten(tree)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.device.type == "xla"]
-        fetched = torch_xla._XLAC._xla_get_cpu_tensors([leaves[i].detach() for i in places]) if places else []
-        for i, tensor in zip(places, fetched, strict=True):
-            leaves[i] = tensor
+        places: dict[torch.device, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.device.type == "xla":
+                places.setdefault(leaf.device, []).append(i)
+        for numbers in places.values():
+            for i, tensor in zip(numbers, graph.fetch([leaves[i] for i in numbers]), strict=True):
+                leaves[i] = tensor
         return pytree.tree_unflatten(leaves, structure)
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
-        """Reduces and applies the gradients; with one replica mean and sum are one."""
-        xm.optimizer_step(optimizer)
+        """Reduces the gradients over all replicas and applies them; with one replica mean and sum are one."""
+        if self.topology.num_replicas == 1:
+            optimizer.step()
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]
+                      if parameter.grad is not None]
+        # Copies: the reduction in place would not see what was added to a gradient in place before.
+        gradients = [parameter.grad.detach().clone() for parameter in parameters]
+        scale = 1.0 / self.topology.num_replicas if reduction == "mean" else 1.0
+        # As xm.optimizer_step, which asks once in a process for the number of replicas, and keeps the answer.
+        xm.all_reduce(xm.REDUCE_SUM, gradients, scale=scale, groups=self._groups)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        # What is read from here on would wait for replicas that are not launched yet.
+        graph.allow_execution(False)
+        optimizer.step()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor of the one replica."""
-        return tensor
+        """Concatenates a tensor over all replicas; not pinned to a layout, which would differ on every replica."""
+        if self.topology.num_replicas == 1:
+            return tensor
+        gathered = xm.all_gather(tensor, dim=0, groups=self._groups, pin_layout=False)
+        graph.allow_execution(False)
+        return gathered
 
 
 def _wanted_cpu_devices() -> int:
     return int(os.environ.get("CPU_NUM_DEVICES", "1"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TracedStep:
-    """Traces, compiles where the graph is new, and dispatches each step."""
+class SentBatch:
+    """A batch on the device: its tensors flat, as a replay takes them, and nested, as model_fn does."""
 
-    backend: XlaReplicas
-    step: StepFunction
-    replicas: tuple[Replica, ...]
+    __slots__ = ("_nested", "_sent", "_source")
+
+    def __init__(self, source: Batch, sent: list[Tensor]) -> None:
+        self._source, self._sent = source, sent
+        self._nested: Batch | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return self._sent
+
+    @property
+    def features(self) -> Any:
+        return self._nest().features
+
+    @property
+    def labels(self) -> Any:
+        return self._nest().labels
+
+    def map(self, fn: Callable[[Tensor], Any]) -> Batch:
+        return self._nest().map(fn)
+
+    def _nest(self) -> Batch:
+        if self._nested is None:
+            sent = iter(self._sent)
+            self._nested = self._source.map(lambda _: next(sent))
+        return self._nested
+
+
+class _Newest:
+    """A step that tells its backend how it ran."""
+
+    def __init__(self, backend: XlaReplicas, step: CapturedStep) -> None:
+        self._backend, self._step = backend, step
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
-        """Dispatches one step on each replica's batch; does not wait for it."""
-        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
-        # device if that was before the client started.
-        with reduce_with(self.backend), torch.autograd.set_multithreading_enabled(False):
-            outputs = [self.step(replica, batch, micro_step)
-                       for replica, batch in zip(self.replicas, batches, strict=True)]
-        torch_xla.sync()
-        return outputs
+        self._backend._newest = self._step
+        return self._step(batches, micro_step)
 
     def publish(self) -> None:
-        """A traced step leaves its state in the modules and optimizers."""
+        self._step.publish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedStep:
+    """Traces, compiles where the graph is new, and dispatches each step of one replica, as plain torch_xla does."""
+
+    step: StepFunction
+    replica: Replica
+    enter: Callable[[], Any]
+    rates: LearningRates
+
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
+        """Dispatches one step; does not wait for it."""
+        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
+        # device if that was before the client started.
+        sent = self.rates.sent(self.replica)
+        with (self.enter(), torch.autograd.set_multithreading_enabled(False),
+              self.rates.in_place(self.replica, sent)):
+            outputs = [self.step(self.replica, batches[0], micro_step)]
+        torch_xla.sync()
+        return outputs

@@ -29,6 +29,8 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor, features first."""
+        if isinstance(self.features, Tensor) and isinstance(self.labels, Tensor):
+            return [self.features, self.labels]
         return [leaf for leaf in pytree.tree_leaves((self.features, self.labels)) if isinstance(leaf, Tensor)]
 
     def map(self, fn: Callable[[Tensor], Any]) -> Batch:

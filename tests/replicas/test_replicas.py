@@ -1,0 +1,221 @@
+"""2, 4 and 8 replicas on XLA:CPU against one on the same global batch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tpuspec import (
+    CrossShardOptimizer,
+    InputPipelineConfig,
+    ModeKeys,
+    RunConfig,
+    SessionRunHook,
+    TPUConfig,
+    TPUEstimatorSpec,
+    Trainer,
+)
+
+BATCH = 16
+RECORDED: list[list[float]] = []
+
+
+def model_fn(features, labels, mode, params, model, optimizer, global_step):
+    logits = model(features)
+    if mode == ModeKeys.PREDICT:
+        return TPUEstimatorSpec(mode, predictions={"logits": logits})
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if mode == ModeKeys.EVAL:
+        return TPUEstimatorSpec(mode, loss=losses, eval_metrics=(
+            lambda labels, logits: {"accuracy": logits.argmax(1) == labels}, [labels, logits]))
+    loss = losses.mean()
+    return TPUEstimatorSpec(
+        mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss, **params.get("minimize", {})),
+        host_call=(lambda step, loss: RECORDED.append([*step.tolist(), *loss.tolist()]),
+                   [global_step, loss.reshape(1)]))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def sgd(model, params):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def rows(num_rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, 6, generator=generator)
+    return x, (x[:, :3].argmax(1) + (x[:, 3] > 1).long()) % 3
+
+
+def input_fn(params, mode):
+    if mode == ModeKeys.TRAIN:
+        x, y = rows(5 * BATCH)
+        return itertools.cycle([(x[i:i + BATCH], y[i:i + BATCH]) for i in range(0, len(x), BATCH)])
+    return TensorDataset(*rows(101, seed=1))
+
+
+def make(num_shards, tmp_path, *, model_fn=model_fn, optimizer=sgd, model=None, params=None, capture="auto", loop=10,
+         **arguments):
+    return Trainer(
+        model_fn, model=copy.deepcopy(model or net()), optimizer=optimizer, params=params or {}, train_batch_size=BATCH,
+        eval_batch_size=BATCH, predict_batch_size=BATCH, model_dir=tmp_path,
+        config=RunConfig(seed=3, show_progress=False, capture=capture, tpu_config=TPUConfig(
+            iterations_per_loop=loop, num_shards=num_shards, **arguments)))
+
+
+def weights(trainer):
+    return [{name: tensor.detach().cpu() for name, tensor in replica.model.state_dict().items()}
+            for replica in trainer._sessions[True].replicas]
+
+
+def trained(num_shards, tmp_path, steps=50, **arguments):
+    RECORDED.clear()
+    trainer = make(num_shards, tmp_path, **arguments)
+    trainer.train(input_fn, steps=steps)
+    return trainer, [row[:] for row in RECORDED], weights(trainer)
+
+
+@pytest.mark.parametrize("params", [{}, {"minimize": {"clip_grad_norm": 0.1, "accumulate_steps": 2}}],
+                         ids=["plain", "clipped and accumulated"])
+@pytest.mark.parametrize("num_shards", [2, 4, 8])
+def test_replicas_train_as_one_device_does(num_shards, params, tmp_path):
+    _, one_records, (one,) = trained(1, tmp_path / "one", params=params)
+    trainer, records, all_weights = trained(num_shards, tmp_path / "several", params=params)
+    assert trainer._sessions[True].backend.step_kind == "replay"
+    num_micro = params.get("minimize", {}).get("accumulate_steps", 1)
+    for step, (expected, got) in enumerate(zip(one_records, records, strict=True)):
+        assert got[:num_shards] == [step] * num_shards
+        np.testing.assert_allclose(np.mean(got[num_shards * num_micro:]), np.mean(expected[num_micro:]), atol=1e-5)
+    for replica in all_weights:
+        for name, tensor in replica.items():
+            assert torch.equal(tensor, all_weights[0][name]), f"replicas differ in {name}"
+            torch.testing.assert_close(tensor, one[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_replay_has_the_bits_of_tracing(num_shards, tmp_path):
+    _, traced, off = trained(num_shards, tmp_path / "off", capture="off", steps=12)
+    _, replayed, on = trained(num_shards, tmp_path / "on", capture="require", steps=12)
+    assert traced == replayed
+    for name, tensor in off[0].items():
+        assert torch.equal(tensor, on[0][name]), name
+
+
+@pytest.mark.parametrize("deployment", ["PER_SHARD_V1", "PER_HOST_V1", "PER_HOST_V2"])
+def test_evaluation_and_prediction_are_exact_on_four_replicas(deployment, tmp_path):
+    trainer = make(4, tmp_path, per_host_input_for_training=InputPipelineConfig[deployment])
+    result = trainer.evaluate(input_fn)
+    x, y = rows(101, seed=1)
+    logits = net()(x).detach()
+    assert result["accuracy"] == pytest.approx((logits.argmax(1) == y).double().mean().item(), abs=0)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, y).item(), abs=1e-6)
+    predicted = np.stack([row["logits"] for row in trainer.predict(input_fn)])
+    np.testing.assert_allclose(predicted, logits.numpy(), atol=1e-5)
+
+
+def test_replicas_drop_different_units(tmp_path):
+    def dropping(features, labels, mode, params, model, optimizer):
+        kept = F.dropout(torch.ones(64, device=features.device), 0.5)
+        loss = model(features).square().mean()
+        return TPUEstimatorSpec(mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss),
+                                host_call=(lambda kept: RECORDED.append(kept.tolist()), [kept]))
+
+    RECORDED.clear()
+    make(2, tmp_path, model_fn=dropping).train(input_fn, steps=5)
+    for kept in RECORDED:
+        assert kept[:64] != kept[64:]
+
+
+def test_an_error_on_one_replica_is_that_error_and_nothing_is_launched(tmp_path):
+    calls = []
+
+    def failing(features, labels, mode, params, model, optimizer, global_step):
+        calls.append(features.device)
+        if len(calls) == 8:  # the second replica's trace of the second step; the rehearsal is the first call
+            raise KeyError("only on one replica")
+        return model_fn(features, labels, mode, params, model, optimizer, global_step)
+
+    trainer = make(4, tmp_path, model_fn=failing)
+    with pytest.raises(KeyError, match="only on one replica"):
+        trainer.train(input_fn, steps=20)
+    assert trainer._sessions[True].global_step == 1
+    all_weights = weights(trainer)  # readable, and those of one completed step on all replicas
+    for replica in all_weights:
+        for name, tensor in replica.items():
+            assert torch.equal(tensor, all_weights[0][name])
+    assert not torch.equal(all_weights[0]["0.weight"], net().state_dict()["0.weight"])
+
+
+def test_replicas_that_compute_different_graphs_are_refused(tmp_path):
+    def lopsided(features, labels, mode, params, model, optimizer, global_step):
+        differs = str(features.device) == "xla:1"
+        return model_fn(features.cos() if differs else features, labels, mode, params, model, optimizer, global_step)
+
+    with pytest.raises(RuntimeError, match="the replicas computed different graphs"):
+        make(2, tmp_path, model_fn=lopsided).train(input_fn, steps=5)
+
+
+def test_reading_a_value_after_the_reduction_is_an_error_not_a_hang(tmp_path):
+    def reading(features, labels, mode, params, model, optimizer):
+        loss = model(features).square().mean()
+
+        def train_op():
+            loss.backward()
+            CrossShardOptimizer(optimizer).step()
+            next(model.parameters()).sum().item()
+            optimizer.zero_grad()
+
+        return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+    with pytest.raises(RuntimeError, match="Unexpected execution"):
+        make(2, tmp_path, model_fn=reading).train(input_fn, steps=5)
+
+
+def test_a_hook_may_set_the_first_replicas_learning_rate_for_all(tmp_path):
+    class Lower(SessionRunHook):
+        def after_run(self, context):
+            for group in trainer._sessions[True].replicas[0].optimizers[""].param_groups:
+                group["lr"] = 0.0 if context.step >= 20 else 0.1
+
+    trainer = make(2, tmp_path)
+    trainer.train(input_fn, steps=20, hooks=[Lower()])
+    before = weights(trainer)
+    trainer.train(input_fn, steps=10, hooks=[Lower()])
+    for name, tensor in before[1].items():
+        assert torch.equal(weights(trainer)[1][name], tensor)
+
+
+def test_checkpoints_of_replicas_resume(tmp_path):
+    expected = trained(4, tmp_path / "whole", steps=30)[2]
+    make(4, tmp_path / "parts").train(input_fn, max_steps=10)
+    again = make(2, tmp_path / "parts")  # another number of replicas may go on
+
+    def shifted(params, mode):
+        return itertools.islice(input_fn(params, mode), 10 % 5, None)
+
+    again.train(shifted, max_steps=30)
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(weights(again)[0][name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_many_starts_of_four_replicas_end_without_a_hang_or_a_thread(tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    threads = threading.active_count()
+    for start in range(20):
+        trainer = make(4, tmp_path / str(start), loop=50)
+        trainer.train(input_fn, steps=200)
+        assert trainer._sessions[True].global_step == 200
+    assert threading.active_count() <= threads

@@ -1,0 +1,386 @@
+"""The captured step: traced until two traces are equal, then replayed without running Python code.
+
+Inside a loop the newest state lives in `_ReplicaState.values`; the modules and optimizers hold it again after
+`publish`. All replicas are driven by one thread: each traces and compiles in turn, which runs nothing, and only then is
+each launched, so that an error in one replica's trace is that error and nothing waits for a peer that never comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tpuspec.config import CaptureMode
+from tpuspec.errors import CaptureError
+from tpuspec.runtime import graph
+from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.python_state import HostCode, settings_of
+from tpuspec.runtime.recording import (
+    Before,
+    Recording,
+    compile_recording,
+    differences,
+    launch,
+    rebuild,
+    record,
+    undone_on_error,
+)
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
+from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.spec.results import Batch, StepOutput
+
+logger = logging.getLogger(__name__)
+
+_MAX_TRACES = 4
+_QUIET_CAPTURES = 2
+
+
+@dataclass(slots=True)
+class _Program:
+    """A captured step, ready to be replayed on every replica.
+
+    Attributes:
+      graph: its hash.
+      templates: for each replica the graph's inputs, with its constants in their places.
+      slots, batch, rates: (place among the inputs, number of the slot, batch tensor or rate).
+      seed: places of the random seed.
+      written: numbers of the slots that the first outputs are.
+      dropped: numbers of the gradients that are gone afterwards.
+      sources: (from the batch, number) of each tensor for the host.
+      outputs: for each replica the output of the trace, whose functions and form stay.
+      recording: the first replica's, to hold later traces against.
+      num_replays: since the last audit.
+    """
+
+    graph: bytes
+    templates: list[list[Any]]
+    slots: list[tuple[int, int]]
+    batch: list[tuple[int, int]]
+    rates: list[tuple[int, int]]
+    seed: list[int]
+    written: list[int]
+    dropped: list[int]
+    sources: list[tuple[bool, int]]
+    outputs: list[StepOutput]
+    recording: Recording
+    num_replays: int = 0
+
+
+class _ReplicaState:
+    """One replica's state while its steps are replayed.
+
+    Attributes:
+      replica: the replica.
+      values: number of a slot -> its newest value.
+      seed: of the next step.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.device = str(replica.device)
+        self.values: list[Any] = []
+        self.seed = 0
+        self._tensors: dict[Slot, Tensor] = {}
+
+    def adopt(self, numbers: dict[Slot, int]) -> None:
+        """Takes the state over from module and optimizers."""
+        before = Before(self.replica)
+        self._tensors = before.slots
+        for slot in before.slots:
+            numbers.setdefault(slot, len(numbers))
+        self.values = [None] * len(numbers)
+        for slot, value in before.inner.items():
+            self.values[numbers[slot]] = value
+        self.seed = graph.get_seed(self.device)
+
+    def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
+        """Gives the newest values back to module and optimizers."""
+        owners = gradient_owners(self.replica)
+        for slot, number in numbers.items():
+            if number not in written or number >= len(self.values):
+                continue
+            value = self.values[number]
+            if slot.kind == GRADIENT:
+                owners[slot].grad = value
+            else:
+                graph.publish(self._tensors[slot], graph.inner(value))
+        graph.set_seed(self.seed, self.device)
+        self.values = []
+
+    def forget(self) -> None:
+        """Drops the references to the state's buffers."""
+        self.values, self._tensors = [], {}
+
+
+class CapturedStep:
+    """A step over the local replicas that is captured as soon as it may be; see `spec.backend.CompiledStep`.
+
+    Args:
+      step: the step of one replica.
+      replicas: the local replicas, equal in state.
+      mode: `off` traces every step anew, `require` raises where a step cannot be captured.
+      audit_every: replays between two traces that check that the step is still what was captured.
+      enter: makes the backend the one that steps reduce with; a context manager for each trace.
+      name: of the step in messages.
+
+    Attributes:
+      kind: how the newest step ran, 'replay' or 'traced'.
+    """
+
+    def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
+                 enter: Callable[[], Any], name: str, fallback: Callable[..., list[StepOutput]] | None = None) -> None:
+        self.kind = "traced"
+        self._step, self._replicas, self._name = step, tuple(replicas), name
+        self._mode, self._audit_every, self._enter, self._fallback = mode, audit_every, enter, fallback
+        self._states = [_ReplicaState(replica) for replica in replicas]
+        self._several = len(replicas) > 1
+        self._rates = LearningRates(replicas)
+        self._numbers: dict[Slot, int] = {}
+        self._programs: dict[Hashable, _Program] = {}
+        self._traces: dict[Hashable, Recording] = {}
+        self._num_traces = 0
+        self._signature = 0
+        self._signatures: dict[Hashable, int] = {}
+        self._captured: dict[tuple[int, Hashable], None] = {}
+        self._in_flight = False
+        self._written: set[int] = set()
+        self._host_code: HostCode | None = None
+        self._kept: Any = None
+        self._gave_up = mode is CaptureMode.off
+
+    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
+        """Dispatches one step on each replica's batch; does not wait for it."""
+        if self._gave_up:
+            return self._trace(batches, micro_step, None)
+        if self._host_code is None:  # of which the first trace tells
+            return self._trace(batches, micro_step, "first")
+        if not self._in_flight:
+            self._adopt()
+        key = (self._signature, micro_step, _form(batches[0]))
+        program = self._programs.get(key)
+        if program is None or (program.num_replays >= self._audit_every and micro_step == 0):
+            self.publish()
+            return self._trace(batches, micro_step, key)
+        program.num_replays += 1
+        self.kind = "replay"
+        return self._replay(program, batches)
+
+    def publish(self) -> None:
+        """Makes the newest state readable in the modules and optimizers."""
+        if self._in_flight:
+            for state in self._states:
+                state.publish(self._numbers, self._written)
+                state.forget()
+            self._written.clear()
+            self._in_flight = False
+
+    def _adopt(self) -> None:
+        self._follow_first_replica()
+        for state in self._states:
+            state.adopt(self._numbers)
+        for state in self._states:
+            state.values += [None] * (len(self._numbers) - len(state.values))
+        self._in_flight = True
+        self._signature = self._signatures.setdefault(self._read_signature(), len(self._signatures))
+
+    def _read_signature(self) -> Hashable:
+        """Returns what programs depend on besides the batch: form of the state, modes, hyper-parameters, settings."""
+        replica = self._replicas[0]
+        slots = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+                      for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
+        training = () if replica.model is None else tuple(module.training for module in replica.model.modules())
+        scheduled = {id(group) for _, group in self._rates._groups(replica)}
+        groups = tuple((name, number, key, repr(value)) for name, optimizer in replica.optimizers.items()
+                       for number, group in enumerate(optimizer.param_groups) for key, value in group.items()
+                       if key != "params" and not isinstance(value, Tensor)
+                       and not (key == "lr" and id(group) in scheduled) and key != "initial_lr")
+        settings = settings_of(self._step, self._host_code or HostCode())
+        return (slots, training, groups, tuple(sorted((path, repr(value)) for path, value in settings.items())))
+
+    def _follow_first_replica(self) -> None:
+        """Gives hyper-parameters that a hook set on the first replica to the others."""
+        for replica in self._replicas[1:]:
+            for name, optimizer in replica.optimizers.items():
+                for own, first in zip(
+                        optimizer.param_groups, self._replicas[0].optimizers[name].param_groups, strict=True):
+                    own.update({key: value for key, value in first.items()
+                                if key != "params" and not isinstance(value, Tensor)})
+
+    def _trace(self, batches: Sequence[Batch], micro_step: int, key: Hashable) -> list[StepOutput]:
+        """Runs a step by tracing it; makes it a program if that is safe."""
+        self.kind = "traced"
+        if self._fallback is not None and self._gave_up:
+            return self._fallback(batches, micro_step)
+        befores: list[Before] = []
+        with undone_on_error(befores):
+            recordings = self._record(batches, micro_step, befores, watch=key is not None)
+            program = self._programs.get(key) if key is not None else None
+            if program is not None:
+                self._audit(program, recordings[0])
+            elif key is not None:
+                self._consider(key, recordings)
+        results = []
+        for state, recording in zip(self._states, recordings, strict=True):
+            graph.use_device(state.device)
+            results.append(launch(recording))
+        self._kept = results
+        return [replace(recording.output, tensors=rebuild(recording.output.tensors, iter(
+            _host_tensors(recording, result, batch))))
+            for recording, result, batch in zip(recordings, results, batches, strict=True)]
+
+    def _record(self, batches: Sequence[Batch], micro_step: int, befores: list[Before], *, watch: bool,
+                ) -> list[Recording]:
+        recordings = []
+        with self._enter(), torch.autograd.set_multithreading_enabled(False):
+            for state, batch in zip(self._states, batches, strict=True):
+                graph.use_device(state.device)
+                befores.append(before := Before(state.replica))
+                seed = graph.get_seed(state.device)
+                recording = record(state.replica, self._step, batch, micro_step, before=before, rates=self._rates,
+                                   host_code=self._host_code or HostCode(), watch=watch)
+                compile_recording(recording, state.device)
+                graph.set_seed(graph.next_seed(seed), state.device)
+                recordings.append(recording)
+        functions = recordings[0].output.functions
+        self._host_code = HostCode.of([functions.metric_fn, functions.host_call])
+        if len({recording.graph for recording in recordings}) > 1:
+            raise CaptureError(f"the replicas computed different graphs in {self._name}, and would wait for each other "
+                               "for ever. model_fn must do the same on every replica: no branch on an ordinal.")
+        return recordings
+
+    def _consider(self, key: Hashable, recordings: Sequence[Recording]) -> None:
+        """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
+        newest, previous = recordings[0], self._traces.get(key)
+        if key == "first":
+            return
+        self._traces[key] = newest
+        reasons = list(newest.notes)
+        if previous is not None:
+            reasons += [] if previous.notes else differences(previous, newest, self._replicas[0])
+            if not reasons and not previous.notes:
+                self._programs[key] = self._program(recordings)
+                del self._traces[key]
+                self._num_traces = 0
+                self._tell_of_recompiles(key)
+                return
+        self._num_traces += bool(reasons)
+        if self._num_traces >= _MAX_TRACES - 1 and reasons:
+            self._give_up(reasons)
+
+    def _give_up(self, reasons: Sequence[str]) -> None:
+        told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
+        if self._mode is CaptureMode.require:
+            raise CaptureError(f"{told} Mend that, or set capture=auto to trace every step.")
+        logger.warning("%s Every step is traced instead, which is right but slower. capture=off asks for that.", told)
+        self._gave_up = True
+        self._programs.clear()
+        self._traces.clear()
+
+    def _tell_of_recompiles(self, key: Any) -> None:
+        signature, micro_step, form = key
+        if micro_step or (signature, form) in self._captured:
+            return
+        self._captured[(signature, form)] = None
+        if len(self._captured) > _QUIET_CAPTURES:
+            read = list(self._signatures)
+            (old, old_form), (new, new_form) = list(self._captured)[-2:]
+            logger.warning("%s was captured for the %dth time: %s.", self._name, len(self._captured),
+                           _told_change((read[old], old_form), (read[new], new_form)))
+
+    def _audit(self, program: _Program, recording: Recording) -> None:
+        program.num_replays = 0
+        found = recording.notes or differences(program.recording, recording, self._replicas[0])
+        if found:
+            raise CaptureError(
+                f"{self._name} is no longer what was captured and replayed for {self._audit_every} steps: {found[0]}. "
+                "The steps since the last check used the captured form. Mend that, or set capture=off.")
+
+    def _program(self, recordings: Sequence[Recording]) -> _Program:
+        first = recordings[0]
+        for slot in first.slots:
+            self._numbers.setdefault(slot, len(self._numbers))
+        places: dict[str, list[tuple[int, Any]]] = {}
+        for place, source in enumerate(first.inputs):
+            places.setdefault(source.kind, []).append((place, source.key))
+        templates = []
+        for recording in recordings:
+            template: list[Any] = [None] * len(recording.inputs)
+            for place, number in places.get("constant", []):
+                template[place] = recording.constants[number]
+            templates.append(template)
+        return _Program(
+            graph=first.graph, templates=templates,
+            slots=[(place, self._numbers[slot]) for place, slot in places.get("slot", [])],
+            batch=places.get("batch", []), rates=places.get("rate", []),
+            seed=[place for place, _ in places.get("seed", [])],
+            written=[self._numbers[slot] for slot in first.written],
+            dropped=[self._numbers[slot] for slot in first.dropped if slot in self._numbers],
+            sources=[(source.kind == "batch", source.key) for source in first.sources],
+            outputs=[recording.output for recording in recordings], recording=first)
+
+    def _replay(self, program: _Program, batches: Sequence[Batch]) -> list[StepOutput]:
+        feeds, results = [], []
+        sent = [batch.tensors() for batch in batches]
+        for state, template, tensors in zip(self._states, program.templates, sent, strict=True):
+            values, feed = state.values, template.copy()
+            for place, number in program.slots:
+                feed[place] = values[number]
+            for place, number in program.batch:
+                feed[place] = tensors[number]
+            if program.rates:
+                rates = self._rates.sent(state.replica)
+                for place, number in program.rates:
+                    feed[place] = rates[number]
+            for place in program.seed:
+                feed[place] = graph.seed_value(state.seed, state.device)
+            state.seed = graph.next_seed(state.seed)
+            feeds.append(feed)
+        for state, feed in zip(self._states, feeds, strict=True):
+            if self._several:
+                graph.use_device(state.device)
+            results.append(graph.run(program.graph, feed))
+        # Only now may an old buffer die: its destruction waits for the step that uses it, and so for every replica.
+        for state, result in zip(self._states, results, strict=True):
+            values = state.values
+            for number, value in zip(program.written, result, strict=False):
+                values[number] = value
+            for number in program.dropped:
+                values[number] = None
+        if not self._written.issuperset(program.written):
+            self._written.update(program.written)
+        self._written.update(program.dropped)
+        self._kept = (feeds, sent)
+        return [StepOutput(tensors=rebuild(output.tensors, iter(
+            [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
+            functions=output.functions, is_update=output.is_update)
+            for output, result, tensors in zip(program.outputs, results, sent, strict=True)]
+
+
+def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    tensors = batch.tensors()
+    return [tensors[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
+
+
+def _form(batch: Batch) -> Hashable:
+    """Returns nesting, shapes and dtypes of a batch."""
+    features, labels = batch.features, batch.labels
+    nesting: Hashable = None
+    if not (isinstance(features, Tensor) and (labels is None or isinstance(labels, Tensor))):
+        nesting = str(pytree.tree_structure((features, labels)))
+    return (nesting, *((tensor.shape, tensor.dtype) for tensor in batch.tensors()))
+
+
+def _told_change(old: Any, new: Any) -> str:
+    """Says what changed between two pairs of (signature, form of the batch)."""
+    names = ("the state", "train() or eval() mode", "a hyper-parameter", "a Python value that the step reads")
+    for name, was, now in zip(names, old[0], new[0], strict=True):
+        if was != now:
+            gone, come = [item for item in was if item not in now], [item for item in now if item not in was]
+            return f"{name} changed, {gone[:2]} -> {come[:2]}"
+    return f"the batch changed, {old[1]} -> {new[1]}"

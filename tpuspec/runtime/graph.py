@@ -1,0 +1,159 @@
+"""The private calls of torch_xla 2.9 that capture and replay a graph, each under the name of what it does.
+
+Source: torch_xla/_dynamo/dynamo_bridge.py, which uses the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+from torch import Tensor
+from torch_xla._dynamo.dynamo_bridge import alias_with_buffer_donor_config
+from torch_xla.debug import metrics
+
+_C = torch_xla._XLAC
+
+_SEED_ADD, _SEED_FACTOR, _SEED_MODULUS = 1012031, 7012063, 1 << 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphInput:
+    """One input of a pending graph.
+
+    Attributes:
+      tensor_id: of the tensor that first used the data; -1 where the data belongs to none, as a Python number's.
+      handle: of the device buffer.
+      value: the data as a tensor.
+    """
+
+    tensor_id: int
+    handle: int
+    value: Tensor
+
+
+def send(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Copies host tensors to a device in one call."""
+    return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), None) if tensors else []
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies device tensors to the host in one transfer; runs what is pending behind them."""
+    return _C._xla_get_cpu_tensors(list(tensors)) if tensors else []
+
+
+def use_device(device: str) -> None:
+    """Makes a device the one that 'xla' means."""
+    _C._xla_set_default_device(device)
+
+
+def handles(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns the device buffer behind each tensor; none may be pending."""
+    return _C._get_tensors_handle(list(tensors)) if tensors else []
+
+
+def tensor_id(tensor: Tensor) -> int:
+    """Returns the number that a graph's inputs name their tensors by."""
+    return _C._xla_get_tensor_id(tensor)
+
+
+def pending(tensors: Sequence[Tensor]) -> list[bool]:
+    """Tells for each tensor whether its value is still to be computed."""
+    return _C._check_tensor_need_materialization(list(tensors)) if tensors else []
+
+
+def num_pending(device: str) -> int:
+    """Counts the live tensors of a device whose values are still to be computed."""
+    return sum(_C._check_device_tensor_need_materialization(device))
+
+
+def materialize(tensors: Sequence[Tensor], device: str) -> None:
+    """Runs what is pending behind some tensors; does not wait for it."""
+    _C._xla_sync_multi(list(tensors), [device], False, True)
+
+
+def graph_inputs(roots: Sequence[Tensor]) -> list[GraphInput]:
+    """Returns the inputs of the graph behind pending tensors, in the graph's order."""
+    ids, values = _C._get_tensors_xla_device_data_node(list(roots))
+    return [GraphInput(tensor_id=number, handle=handle, value=value)
+            for number, handle, value in zip(ids, handles(values), values, strict=True)]
+
+
+def seed_id() -> int:
+    """Returns the tensor_id under which a graph names its random seed."""
+    return _C._get_seed_info_id()
+
+
+def donate(values: Sequence[Tensor], *, donated: bool = True) -> None:
+    """Gives the buffers of some inputs to the next graph, which may write its outputs there; they are gone then."""
+    for value in values:
+        _C._set_buffer_donation(value, donated)
+
+
+def compile_graph(roots: Sequence[Tensor]) -> bytes:
+    """Compiles the graph behind pending tensors, unless it is known, and returns its hash; nothing runs."""
+    with alias_with_buffer_donor_config():
+        graph = _C._get_graph_hash(list(roots))
+        _C._xla_warm_up_cache(list(roots), [])
+    return graph
+
+
+def forget_pending(device: str) -> None:
+    """Drops what is pending on a device; tensors that were pending hold no value until one is published."""
+    _C._clear_pending_irs(device)
+    _C._set_all_reduce_token(device, None)
+
+
+run = _C._run_cached_graph
+"""run(hash, inputs) -> outputs: launches a compiled graph and does not wait for it."""
+
+
+def inner(tensor: Tensor) -> Tensor:
+    """Returns the XLA tensor that a torch tensor stands for now; in-place updates replace it by another one."""
+    return torch._from_functional_tensor(tensor)
+
+
+def publish(tensor: Tensor, value: Tensor) -> None:
+    """Lets a torch tensor stand for another XLA tensor, for every reader (`_replace_xla_tensor` would not)."""
+    torch._functionalize_replace(tensor, value)
+    torch._functionalize_commit_update(tensor)
+
+
+def next_seed(seed: int) -> int:
+    """Returns the seed of the step after the one with `seed`, as torch_xla's step marker makes it."""
+    return (_SEED_ADD + _SEED_FACTOR * seed) % _SEED_MODULUS
+
+
+def seed_value(seed: int, device: str) -> Tensor:
+    """Returns a seed as the graph input of a device."""
+    _C._xla_set_rng_seed(seed, device)
+    return _C._get_base_seed_as_tensor(device)
+
+
+def get_seed(device: str) -> int:
+    """Reads the seed of a device's next step."""
+    return xm.get_rng_state(device)
+
+
+def set_seed(seed: int, device: str) -> None:
+    """Sets the seed of a device's next step."""
+    xm.set_rng_state(seed, device)
+
+
+def num_transfers_to_host() -> int:
+    """Counts the reads of device values so far."""
+    data = metrics.metric_data("TransferFromDeviceTime")
+    return 0 if data is None else data[0]
+
+
+def allow_execution(allowed: bool) -> None:
+    """Refuses, or allows again, that reading a pending value runs its graph."""
+    _C._set_allow_execution(allowed)
+
+
+def set_replication(devices: Sequence[str]) -> None:
+    """Tells torch_xla which devices compute together; [] for one alone."""
+    _C._xla_set_replication_devices(list(devices))

@@ -1,0 +1,271 @@
+"""What a step's Python code could remember from one call to the next, as values that can be compared.
+
+A captured step does not run its Python code, so a model_fn that counts, appends or draws random numbers on the host
+cannot be replayed. Its closure, the globals and defaults it uses, the objects it is bound to, its modules' attributes
+and its optimizers' host values are looked at before and after a trace. What only the spec's host
+functions use is left out: they run on the worker, at any time, and may remember what they like.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import random
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tpuspec.spec.backend import Replica
+
+Snapshot = dict[str, Any]
+"""Path of a value -> what it is compared by."""
+
+_MAX_DEPTH = 8
+_MAX_ITEMS = 200
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
+_LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "tpuspec.", "tensorboard", "omegaconf", "hydra")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostCode:
+    """The code of a spec's host functions.
+
+    Attributes:
+      codes: code objects.
+      names: names that they use, where they are methods.
+    """
+
+    codes: frozenset[types.CodeType] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, functions: Iterable[Any]) -> HostCode:
+        """Returns the code of functions; None among them is passed over."""
+        codes: set[types.CodeType] = set()
+        names: set[str] = set()
+        for function in functions:
+            while isinstance(function, functools.partial):
+                function = function.func
+            if not isinstance(function, types.FunctionType | types.MethodType | type(None)):
+                function = getattr(function, "__call__", None)  # noqa: B004 - its method, not whether there is one
+            if isinstance(function, types.MethodType):
+                function = function.__func__
+                names.update((getattr(function, "__code__", None) and function.__code__.co_names) or ())
+            if isinstance(function, types.FunctionType):
+                codes.add(function.__code__)
+        return cls(frozenset(codes), frozenset(names))
+
+
+def settings_of(step: Callable[..., Any], host_code: HostCode) -> Snapshot:
+    """Returns the plain values that a step reads besides its module: closures, defaults, globals, bound objects."""
+    snapshot: Snapshot = {}
+    _Walk(snapshot, host_code, modules=False).visit("", step, 0)
+    return snapshot
+
+
+def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -> Snapshot:
+    """Returns all that a step's Python code could change: `settings_of`, modules, optimizers, random state."""
+    snapshot: Snapshot = {}
+    walk = _Walk(snapshot, host_code, modules=True)
+    walk.visit("", step, 0)
+    if replica.model is not None:
+        walk.visit("model", replica.model, 0)
+    for name, optimizer in replica.optimizers.items():
+        path = f"optimizer {name!r}" if name else "optimizer"
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if key != "params" and not isinstance(value, Tensor):
+                    snapshot[f"{path} {key} of group {number}"] = repr(value)
+        for index, state in enumerate(optimizer.state.values()):
+            for key, value in state.items():
+                if not isinstance(value, Tensor):
+                    snapshot[f"{path} state {index} {key}"] = repr(value) if isinstance(value, _SIMPLE) else id(value)
+                elif value.device.type == "cpu":
+                    snapshot[f"{path} state {index} {key}"] = (id(value), value._version)
+    snapshot["Python's random numbers, random"] = _digest(repr(random.getstate()).encode())
+    snapshot["numpy's random numbers, np.random"] = _digest(repr(np.random.get_state(legacy=False)).encode())
+    snapshot["torch's random numbers on the host"] = _digest(torch.get_rng_state().numpy().tobytes())
+    return snapshot
+
+
+def changed(before: Snapshot, after: Snapshot) -> list[str]:
+    """Names what differs between two snapshots, old and new, as far as the newer one has it."""
+    return [f"{path} ({_short(before.get(path, _Absent))} -> {_short(after[path])})"
+            for path in after if before.get(path, _Absent) != after[path]]
+
+
+class _Absent:
+    """Stands for no value."""
+
+
+def _short(value: Any) -> str:
+    if value is _Absent:
+        return "absent"
+    if isinstance(value, _Opaque):
+        return value.told
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Opaque:
+    """A value compared by a number that says nothing to people.
+
+    Attributes:
+      number: compared.
+      told: what people are told.
+    """
+
+    number: Any
+    told: str
+
+
+def _digest(data: bytes) -> _Opaque:
+    return _Opaque(hashlib.blake2b(data, digest_size=8).digest(), "a state")
+
+
+class _Walk:
+    """Visits values by path; each object once."""
+
+    def __init__(self, snapshot: Snapshot, host_code: HostCode, *, modules: bool) -> None:
+        self._snapshot = snapshot
+        self._host_code = host_code
+        self._modules = modules
+        self._seen: set[int] = set()
+
+    def visit(self, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, (enum.Enum, *_SIMPLE)):
+            self._snapshot[path] = value
+            return
+        if isinstance(value, Tensor):
+            self._snapshot[path] = self._tensor(value)
+            return
+        if id(value) in self._seen or depth > _MAX_DEPTH:
+            return
+        self._seen.add(id(value))
+        for name, item in self._parts(path, value):
+            self.visit(name, item, depth + 1)
+
+    def _tensor(self, tensor: Tensor) -> _Opaque:
+        told = f"tensor {list(tensor.shape)} on {tensor.device}"
+        # A device tensor by its object: what it stands for now is no value of Python's.
+        return _Opaque((id(tensor), tensor._version if tensor.device.type == "cpu" else None), told)
+
+    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, types.FunctionType):
+            yield from self._function(path, value)
+        elif isinstance(value, types.MethodType):
+            yield f"{path}", value.__func__
+            yield f"{path} self" if path else "self", value.__self__
+        elif isinstance(value, functools.partial):
+            yield path, value.func
+            yield f"{path} arguments".strip(), (value.args, value.keywords)
+        elif isinstance(value, nn.Module):
+            if self._modules:
+                yield from self._module(path, value)
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= 1 << 20:
+                self._snapshot[path] = _digest(value.tobytes())
+        elif isinstance(value, np.random.Generator):
+            self._snapshot[path] = _digest(repr(value.bit_generator.state).encode())
+        elif isinstance(value, random.Random):
+            self._snapshot[path] = _digest(repr(value.getstate()).encode())
+        elif isinstance(value, Mapping):
+            yield from self._items(path, value, list(value.items()))
+        elif isinstance(value, list | tuple | collections.deque):
+            yield from self._items(path, value, list(enumerate(value)))
+        elif isinstance(value, set | frozenset):
+            self._snapshot[path] = (len(value), frozenset(map(repr, value)) if len(value) <= _MAX_ITEMS else None)
+        elif type(value).__module__ == "itertools":
+            self._snapshot[path] = repr(value)
+        elif isinstance(value, types.GeneratorType):
+            self._snapshot[path] = (value.gi_frame is None, value.gi_frame and value.gi_frame.f_lasti)
+        elif dataclasses.is_dataclass(value) or not _is_library(type(value)):
+            for name, item in list(getattr(value, "__dict__", {}).items()):
+                if name not in self._host_code.names:
+                    yield f"{path}.{name}", item
+            for name in _slot_names(type(value)):
+                if hasattr(value, name):
+                    yield f"{path}.{name}", getattr(value, name)
+            if isinstance(call := vars(type(value)).get("__call__"), types.FunctionType):
+                yield path, call
+
+    def _items(self, path: str, container: Any, items: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+        self._snapshot[f"number of items in {path}"] = len(container)
+        for key, item in [*items[:_MAX_ITEMS // 2], *items[_MAX_ITEMS // 2:][-_MAX_ITEMS // 2:]]:
+            yield f"{path}[{key!r}]", item
+
+    def _function(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        if _is_library(function):
+            return
+        code = function.__code__
+        if code in self._host_code.codes:
+            return
+        global_names, closed_names = _names_of(code, self._host_code.codes)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                if name in closed_names:
+                    yield name, cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+        for name, value in (function.__kwdefaults__ or {}).items():
+            yield f"default {name}", value
+        for i, value in enumerate(function.__defaults__ or ()):
+            yield f"default {i} of {function.__qualname__}", value
+        for name in sorted(global_names):
+            if name in function.__globals__ and not hasattr(builtins, name):
+                value = function.__globals__[name]
+                if not isinstance(value, types.ModuleType | type):
+                    yield name, value
+
+    def _module(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        for name, value in list(vars(module).items()):
+            if name not in _MODULE_INTERNALS and (
+                    not name.startswith("_") or isinstance(value, (*_SIMPLE, list, dict))):
+                yield f"{path}.{name}", value
+        for name, child in module._modules.items():
+            if child is not None:
+                yield f"{path}.{name}", child
+
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_of(code: types.CodeType, without: frozenset[types.CodeType]) -> tuple[set[str], set[str]]:
+    """Returns the global names, and the names of closures, that a code uses itself or in functions inside it."""
+    global_names = set(code.co_names)
+    closed_names = {str(item.argval) for item in dis.get_instructions(code) if item.opname.endswith("_DEREF")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType) and constant not in without:
+            inner_global, inner_closed = _names_of(constant, without)
+            global_names |= inner_global
+            closed_names |= inner_closed
+    return global_names, closed_names
+
+
+def _is_library(value: Any) -> bool:
+    module = getattr(value, "__module__", None) or ""
+    return module == "builtins" or module.split(".")[0] in _STANDARD or module.startswith(_LIBRARIES)
+
+
+_STANDARD = frozenset({"collections", "functools", "itertools", "io", "os", "pathlib", "logging", "threading", "queue",
+                       "re", "contextlib", "weakref", "abc", "typing", "enum", "unittest", "_pytest"})
+
+
+def _slot_names(kind: type) -> list[str]:
+    return [name for base in kind.__mro__ for name in _as_tuple(getattr(base, "__slots__", ()))
+            if not name.startswith("__")]
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,361 @@
+"""One traced step of one replica, as a graph: what it reads, what it writes, what it computes with besides."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tpuspec.runtime import graph
+from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.python_state import HostCode, changed, memory_of
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
+from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.spec.results import Batch, StepOutput
+
+
+class Source(NamedTuple):
+    """Where an input of a graph, or a tensor for the host, comes from.
+
+    Attributes:
+      kind: 'slot', 'batch', 'rate', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
+      key: the Slot; the number of the batch's tensor, rate, constant or output.
+    """
+
+    kind: str
+    key: Any = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Recording:
+    """A traced step that has not run yet.
+
+    Attributes:
+      output: what the step returned; its tensors are pending.
+      tensors: the output's tensors, flat.
+      sources: where each of them comes from.
+      inputs: where each input of the graph comes from.
+      values: the inputs of this very step.
+      constants: inputs that are neither state, batch, rate nor seed.
+      numbers: the constants on the host, for comparing.
+      written: slots that the graph writes, in the order of its first outputs.
+      created: slots that were not there before.
+      dropped: slots that are not there any more.
+      roots: what the graph computes: slots, then tensors for the host, then tensors that Python code keeps.
+      slots: the state's tensors after the step.
+      notes: why this step could not be replayed, one line each.
+      graph: hash of the compiled graph.
+    """
+
+    output: StepOutput
+    tensors: list[Tensor]
+    sources: list[Source] = field(default_factory=list)
+    inputs: list[Source] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)
+    written: list[Slot] = field(default_factory=list)
+    created: list[Slot] = field(default_factory=list)
+    dropped: list[Slot] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
+    slots: dict[Slot, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    graph: bytes = b""
+
+
+class Before:
+    """A replica's state before a step, to go back to.
+
+    Args:
+      replica: its state must not be pending.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self.slots = read_slots(replica)
+        _settle(self.slots, str(replica.device))
+        self.inner = {slot: graph.inner(tensor) for slot, tensor in self.slots.items()}
+        # Read now: a tensor that a trace has used has no buffer of its own any more, only a node of the trace.
+        self.handles = dict(zip(self.slots, graph.handles(list(self.slots.values())), strict=True))
+        self.numbers = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
+        self._gradients = {slot: owner.grad for slot, owner in gradient_owners(replica).items()}
+        self._optimizers = {name: {parameter: dict(state) for parameter, state in optimizer.state.items()}
+                            for name, optimizer in replica.optimizers.items()}
+
+    def restore(self) -> None:
+        """Puts the state back, and drops what is pending on the device."""
+        for slot, owner in gradient_owners(self._replica).items():
+            owner.grad = self._gradients[slot]
+        for name, states in self._optimizers.items():
+            kept = self._replica.optimizers[name].state
+            kept.clear()
+            kept.update(states)
+        graph.forget_pending(str(self._replica.device))
+        for slot, tensor in self.slots.items():
+            graph.donate([self.inner[slot]], donated=False)
+            graph.publish(tensor, self.inner[slot])
+
+
+def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
+    """Gives every slot a value and a buffer of its own: a clone shares its original's until one of them is written."""
+    tensors = list(slots.values())
+    waiting = [tensor for tensor, is_pending in zip(tensors, graph.pending(tensors), strict=True) if is_pending]
+    if waiting:
+        graph.materialize(waiting, device)
+    seen: set[int] = set()
+    for tensor, handle in zip(tensors, graph.handles(tensors), strict=True):
+        if handle in seen:
+            graph.publish(tensor, graph.inner(graph.send(graph.fetch([tensor]), device)[0]))
+        seen.add(handle)
+
+
+def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
+           rates: LearningRates, host_code: HostCode, watch: bool) -> Recording:
+    """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
+
+    Args:
+      replica: its state is pending afterwards.
+      step: the step.
+      batch: on the device.
+      micro_step: of the batch within an update.
+      before: the replica's state.
+      rates: learning rates that are inputs of the graph.
+      host_code: of the host functions, as far as they are known.
+      watch: whether to look for what could not be replayed.
+    """
+    device = str(replica.device)
+    graph.set_seed(graph.get_seed(device), device)  # drops what an unfinished trace has drawn
+    sent = rates.sent(replica)
+    arguments = batch.tensors()
+    sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
+    sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
+    sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
+    memory = memory_of(step, replica, host_code) if watch else {}
+    num_reads = graph.num_transfers_to_host()
+    try:
+        with _ReadWatch() as reads, rates.in_place(replica, sent):
+            output = step(replica, batch, micro_step)
+    finally:
+        graph.allow_execution(True)
+    # One of the host's own becomes a constant of the graph.
+    tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
+    recording = Recording(output=output, tensors=tensors, slots=read_slots(replica))
+    if watch:
+        if graph.num_transfers_to_host() > num_reads:
+            recording.notes.append(
+                f"it reads a value from the device{reads.where()}: .item(), .cpu(), print and `if` on a tensor wait "
+                "for the device. Return the tensor in host_call instead")
+        functions = output.functions
+        host_code = HostCode.of([functions.metric_fn, functions.host_call])
+        if moved := changed(memory, memory_of(step, replica, host_code)):
+            recording.notes.append("it changes what Python code remembers: " + "; ".join(moved[:3])
+                                   + ". Side effects belong in host_call, counters in global_step or in a buffer")
+    _wire(recording, before, arguments, sources, device, watch=watch)
+    return recording
+
+
+def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources: Mapping[int, Source],
+          device: str, *, watch: bool) -> None:
+    after = recording.slots
+    recording.created = [slot for slot in after if slot not in before.slots]
+    recording.dropped = [slot for slot in before.slots if slot not in after]
+    batch_sources = {graph.tensor_id(tensor): Source("batch", i) for i, tensor in enumerate(batch)}
+    slots, states = list(after), list(after.values())
+    for slot, tensor, is_pending in zip(slots, states, graph.pending(states), strict=True):
+        if not is_pending:
+            if graph.tensor_id(tensor) == before.numbers.get(slot):
+                continue
+            graph.publish(tensor, graph.inner(_computed(tensor)))
+        recording.written.append(slot)
+    recording.roots = [after[slot] for slot in recording.written]
+    places: dict[int, int] = {}
+    waiting = graph.pending(recording.tensors)
+    for number, (tensor, is_pending) in enumerate(zip(recording.tensors, waiting, strict=True)):
+        if not is_pending:
+            source = batch_sources.get(graph.tensor_id(tensor))
+            if source is not None:
+                recording.sources.append(source)
+                continue
+            # Of the state, whose buffer the next step writes, or a constant of Python's.
+            tensor = recording.tensors[number] = _computed(tensor)
+        place = places.setdefault(graph.tensor_id(tensor), len(recording.roots))
+        if place == len(recording.roots):
+            recording.roots.append(tensor)
+        recording.sources.append(Source("graph", place))
+    _keep_hidden(recording, before, device, watch=watch)
+    graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
+    for found in graph.graph_inputs(recording.roots):
+        source = Source("seed") if found.tensor_id == graph.seed_id() else sources.get(found.handle)
+        if source is None:
+            source = Source("constant", len(recording.constants))
+            recording.constants.append(found.value)
+        recording.inputs.append(source)
+        recording.values.append(found.value)
+    if watch:
+        recording.numbers = graph.fetch(recording.constants)
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """Returns a pending tensor of the same values: one that is an output of the graph, with a buffer of its own."""
+    return torch.logical_or(tensor, tensor) if tensor.dtype is torch.bool else tensor.detach().mul(1)
+
+
+def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:
+    """Makes roots of pending tensors that Python code keeps beside the spec: they would never get a value."""
+    if any(slot.kind == GRADIENT for slot in before.slots):
+        return  # autograd keeps gradients that were accumulated, and Python has no name for them
+    seen = [*recording.roots, *before.slots.values()]
+    known = {graph.tensor_id(tensor) for tensor, waits in zip(seen, graph.pending(seen), strict=True) if waits}
+    if graph.num_pending(device) <= len(known):
+        return
+    gc.collect()  # cycles may hold the tensors of a spec that is gone
+    if graph.num_pending(device) <= len(known):
+        return
+    kept = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device.type == "xla"
+            and str(item.device) == device]
+    hidden = {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
+              if is_pending}
+    left = [tensor for number, tensor in hidden.items() if number not in known]
+    recording.roots += left
+    if left and watch:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in left[:5])
+        recording.notes.append(
+            f"it leaves {len(left)} tensors behind, of shapes {shapes}, in an attribute, a list or the closure of a "
+            "host function. Pass them to metric_fn or host_call in their tensors, or make them buffers")
+
+
+def compile_recording(recording: Recording, device: str) -> None:
+    """Compiles a recording's graph unless it is known; afterwards its pending tensors hold no value until it is run."""
+    recording.graph = graph.compile_graph(recording.roots)
+    graph.forget_pending(device)
+
+
+def launch(recording: Recording) -> list[Tensor]:
+    """Runs a compiled recording on the values of its very step, and returns the graph's outputs."""
+    results = graph.run(recording.graph, recording.values)
+    for root, value in zip(recording.roots, results, strict=True):
+        graph.publish(root, graph.inner(value))
+    # Of this very step only; what is kept of a recording is its form.
+    recording.values, recording.roots, recording.slots = [], [], {}
+    return results
+
+
+def flat_tensors(output: StepOutput) -> Iterator[Tensor]:
+    """Yields the tensors of an output for the host, group by group."""
+    for tensors in output.tensors.values():
+        if isinstance(tensors, Tensor):
+            yield tensors
+        else:
+            yield from tensors.values() if isinstance(tensors, Mapping) else tensors
+
+
+def rebuild(template: Mapping[str, Any], tensors: Iterator[Tensor]) -> dict[str, Any]:
+    """Returns groups of the template's form, filled with tensors in the order of `flat_tensors`."""
+    groups: dict[str, Any] = {}
+    for group, form in template.items():
+        if isinstance(form, Tensor):
+            groups[group] = next(tensors)
+        elif isinstance(form, Mapping):
+            groups[group] = {key: next(tensors) for key in form}
+        else:
+            groups[group] = [next(tensors) for _ in form]
+    return groups
+
+
+def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:
+    """Says in what two traces of one step differ; [] where one can stand for the other.
+
+    Args:
+      old: a recording.
+      new: a later one.
+      replica: whose optimizers may tell what a constant is.
+    """
+    moved = [f"{_kind_of(was, now, replica)} ({_value(was)} -> {_value(now)})"
+             for was, now in zip(old.numbers, new.numbers, strict=False)
+             if was.shape != now.shape or was.dtype != now.dtype or not torch.equal(was, now)]
+    if moved:
+        return [f"a number in it changes from step to step: {'; '.join(dict.fromkeys(moved))}"]
+    wiring = ("inputs", "sources", "written", "created", "dropped")
+    if old.graph != new.graph or any(getattr(old, name) != getattr(new, name) for name in wiring):
+        return ["it computes something else from one step to the next, as a branch on a Python value does. Branch with "
+                "torch.where, or pass what it branches on in the batch"]
+    lasting = [slot for slot in new.created if slot.kind != GRADIENT]
+    return [f"it makes its state anew in every step: {', '.join(map(str, lasting[:3]))}"] if lasting else []
+
+
+def _kind_of(was: Tensor, now: Tensor, replica: Replica) -> str:
+    """Guesses what a constant that moves is."""
+    if now.numel() != 1 or was.numel() != 1:
+        return (f"a tensor {list(now.shape)} that is made on the host in each step; pass it in the batch, or draw it "
+                "on the device")
+    value = abs(float(now))
+    for optimizer in replica.optimizers.values():
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            if isinstance(rate, float) and value and abs(rate - value) <= 1e-6 * value:
+                return "the learning rate; give the schedule to the Trainer (scheduler=...)"
+    if float(now) - float(was) == 1:
+        return "a counter; use global_step, or capturable=True where it is an optimizer's"
+    return "a Python number; pass it in the batch, or compute it from global_step on the device"
+
+
+def _value(tensor: Tensor) -> str:
+    return f"{tensor.item():.6g}" if tensor.numel() == 1 else f"{tensor.numel()} values"
+
+
+_READERS = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__format__",
+                      "__repr__", "__array__", "nonzero", "is_nonzero", "equal", "allclose"})
+
+
+class _ReadWatch(TorchFunctionMode):
+    """Notes where user code reads a value from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place: str | None = None
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self._place is None and (name in _READERS or name == "to") and _reads_device(name, args):
+            self._place = _user_place(sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+    def where(self) -> str:
+        """Returns ' at FILE:LINE', or ''."""
+        return f" at {self._place}" if self._place else ""
+
+
+def _reads_device(name: str, args: Any) -> bool:
+    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "xla":
+        return False
+    return name != "to" or any(str(arg).startswith("cpu") for arg in args[1:])
+
+
+def _user_place(frame: FrameType | None) -> str | None:
+    """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "tpuspec.", "torch_xla.")):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+@contextlib.contextmanager
+def undone_on_error(befores: Sequence[Before]) -> Iterator[None]:
+    """Puts the state of every replica back where the block raises."""
+    try:
+        yield
+    except BaseException:
+        for before in befores:
+            before.restore()
+        raise
