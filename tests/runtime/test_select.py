@@ -87,9 +87,9 @@ def test_a_gpu_that_is_not_there_is_told():
         select(RunConfig(device="cuda"), use_tpu=False)
 
 
-def test_required_capture_is_refused_for_now():
+def test_required_capture_is_refused_where_nothing_is_captured():
     with pytest.raises(ConfigError, match=r"capture=require.*Set capture=auto"):
-        select(RunConfig(capture=CaptureMode.require), use_tpu=True)
+        select(RunConfig(capture=CaptureMode.require), use_tpu=False)
 
 
 @pytest.mark.slow

@@ -344,7 +344,7 @@ class CapturedStep:
         for state, feed in zip(self._states, feeds, strict=True):
             if self._several:
                 graph.use_device(state.device)
-            results.append(graph.run(program.graph, feed))
+            results.append(graph.run(program.graph, feed) if program.graph else [])
         # Only now may an old buffer die: its destruction waits for the step that uses it, and so for every replica.
         for state, result in zip(self._states, results, strict=True):
             values = state.values

@@ -140,7 +140,6 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
     sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
     memory = memory_of(step, replica, host_code) if watch else {}
-    num_reads = graph.num_transfers_to_host()
     try:
         with _ReadWatch() as reads, rates.in_place(replica, sent):
             output = step(replica, batch, micro_step)
@@ -150,9 +149,9 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
     recording = Recording(output=output, tensors=tensors, slots=read_slots(replica))
     if watch:
-        if graph.num_transfers_to_host() > num_reads:
+        if reads.place is not None:
             recording.notes.append(
-                f"it reads a value from the device{reads.where()}: .item(), .cpu(), print and `if` on a tensor wait "
+                f"it reads a value from the device at {reads.place}: .item(), .cpu(), print and `if` on a tensor wait "
                 "for the device. Return the tensor in host_call instead")
         functions = output.functions
         host_code = HostCode.of([functions.metric_fn, functions.host_call])
@@ -193,7 +192,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         recording.sources.append(Source("graph", place))
     _keep_hidden(recording, before, device, watch=watch)
     graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
-    for found in graph.graph_inputs(recording.roots):
+    for found in graph.graph_inputs(recording.roots) if recording.roots else []:
         source = Source("seed") if found.tensor_id == graph.seed_id() else sources.get(found.handle)
         if source is None:
             source = Source("constant", len(recording.constants))
@@ -235,13 +234,13 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
 
 def compile_recording(recording: Recording, device: str) -> None:
     """Compiles a recording's graph unless it is known; afterwards its pending tensors hold no value until it is run."""
-    recording.graph = graph.compile_graph(recording.roots)
+    recording.graph = graph.compile_graph(recording.roots) if recording.roots else b""
     graph.forget_pending(device)
 
 
 def launch(recording: Recording) -> list[Tensor]:
     """Runs a compiled recording on the values of its very step, and returns the graph's outputs."""
-    results = graph.run(recording.graph, recording.values)
+    results = graph.run(recording.graph, recording.values) if recording.roots else []
     for root, value in zip(recording.roots, results, strict=True):
         graph.publish(root, graph.inner(value))
     # Of this very step only; what is kept of a recording is its form.
@@ -317,21 +316,21 @@ _READERS = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "
 
 
 class _ReadWatch(TorchFunctionMode):
-    """Notes where user code reads a value from the device."""
+    """Notes where this thread reads a value from the device: the worker reads others at the same time.
+
+    Attributes:
+      place: FILE:LINE of the first read; None where there was none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._place: str | None = None
+        self.place: str | None = None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if self._place is None and (name in _READERS or name == "to") and _reads_device(name, args):
-            self._place = _user_place(sys._getframe(1))
+        if self.place is None and (name in _READERS or name == "to") and _reads_device(name, args):
+            self.place = _user_place(sys._getframe(1))
         return func(*args, **(kwargs or {}))
-
-    def where(self) -> str:
-        """Returns ' at FILE:LINE', or ''."""
-        return f" at {self._place}" if self._place else ""
 
 
 def _reads_device(name: str, args: Any) -> bool:
@@ -340,14 +339,14 @@ def _reads_device(name: str, args: Any) -> bool:
     return name != "to" or any(str(arg).startswith("cpu") for arg in args[1:])
 
 
-def _user_place(frame: FrameType | None) -> str | None:
+def _user_place(frame: FrameType | None) -> str:
     """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "tpuspec.", "torch_xla.")):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
-    return None
+    return "a place in torch"
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class XlaReplicas:
                 "Set PJRT_DEVICE before the first XLA call of the process.")
         shards = config.tpu_config.num_shards
         is_cpu = hardware == "CPU"
-        if is_cpu and already_runs and shards is None and _wanted_cpu_devices() != num_devices:
+        if is_cpu and already_runs and _wanted_cpu_devices() != num_devices:
             raise DeviceError(
                 f"The XLA client of this process already runs with {num_devices} CPU devices; CPU_NUM_DEVICES="
                 f"{_wanted_cpu_devices()} came too late. Set it before the first XLA call of the process.")
@@ -89,8 +89,8 @@ class XlaReplicas:
         if is_cpu and shards is not None:
             if num_devices % shards:
                 raise ConfigError(
-                    f"TPUConfig.num_shards is not set correctly, it should be ({num_devices}), or divide it, got "
-                    f"({shards}). The XLA client of this process already runs with that many CPU devices: set "
+                    f"TPUConfig.num_shards is not set correctly, it should be ({num_devices}), got ({shards}), or "
+                    f"divide it. The XLA client of this process already runs with that many CPU devices: set "
                     f"CPU_NUM_DEVICES={shards} before the first XLA call, or make the Trainer with the most shards "
                     "first. Leave it None to take what is found.")
             num_replicas = shards
