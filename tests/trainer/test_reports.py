@@ -37,7 +37,7 @@ def test_banner_progress_and_table_are_plain_lines_without_a_terminal(tmp_path, 
     trainer.train(rows_input(), max_steps=4)
     out = capsys.readouterr().out
     assert out.count("devices") == 1 and "1 x CPU" in out
-    assert "step 2/4" in out and "step 4/4" in out and "traced" in out
+    assert "step 2/4" in out and "step 4/4" in out and "captured" in out and "replay" in out
     assert "mean_error" in out and "training is complete: global step 4 of 4" in out
     assert "\x1b" not in out
 
