@@ -348,6 +348,7 @@ class Trainer:
             prepared = preparation.run(input_fn)
             stack.enter_context(contextlib.closing(prepared.batches))
             evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
+            stack.enter_context(session.with_buffers_of_chief())
             writer = stack.enter_context(contextlib.closing(self._writer(session, folder)))
             # The line of a training that this evaluation interrupts stays.
             progress = Progress(enabled=False) if self._training_input is not None else self._progress
@@ -417,6 +418,7 @@ class Trainer:
                 writer=writer, global_step=session.global_step,
                 hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
                                  summary_step=session.global_step))
+            stack.enter_context(session.with_buffers_of_chief())
             stack.push(ends_input(prepared.input_end))
             with contextlib.closing(loop.run()) as steps:
                 for step in steps:

@@ -139,5 +139,5 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
         if "use_tpu" in given and settings.use_tpu:
             raise ConfigError(f"device={settings.device} is plain PyTorch, and use_tpu=true asks for XLA's devices. "
                               "Leave one of them out.")
-        settings.use_tpu = False
+        settings.use_tpu = settings.eval_on_tpu = False
     run_config(settings)

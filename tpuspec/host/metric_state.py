@@ -85,6 +85,10 @@ class MetricState:
 
     def compute(self) -> dict[str, Any]:
         """Returns name -> int, float or array, nesting kept, in the order of names."""
+        for value in self._values.values():
+            if isinstance(value, Metric):
+                # Of the chief alone, which has all rows: nothing is to be brought together.
+                value.distributed_available_fn = _nobody
         return {name: to_plain(self._values[name].compute()) for name in sorted(self._values)}
 
     def reset_owned(self) -> None:
@@ -103,6 +107,10 @@ def _merge(name: str, earlier: _Stateful, newest: _Stateful) -> None:
             "new one for each. Return (metric, arguments of its update), or keep one metric and update it.")
     newest.merge_state(earlier)
     newest._computed = None  # merge_state leaves a value that metric_fn computed
+
+
+def _nobody() -> bool:
+    return False
 
 
 def _split(value: Any) -> tuple[Any, tuple[Any, ...] | None]:

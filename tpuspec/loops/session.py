@@ -201,6 +201,23 @@ class Session:
                 part.training = training
             self.backend.set_rng_state(random_state)
 
+    @contextlib.contextmanager
+    def with_buffers_of_chief(self) -> Iterator[None]:
+        """Lends the chief's buffers, such as the running statistics of BatchNorm, to the hosts that evaluate with it.
+
+        Gradients keep parameters equal; buffers follow each replica's own rows. The chief's are those of checkpoints.
+        """
+        if self.backend.coordinator.num_hosts == 1 or self.module is None:
+            yield
+            return
+        buffers = [buffer for buffer in self.module.buffers() if buffer is not None]
+        own = [buffer.clone() for buffer in buffers]
+        _copy_into(buffers, self.backend.coordinator.share([buffer.cpu() for buffer in buffers]))
+        try:
+            yield
+        finally:
+            _copy_into(buffers, own)
+
     def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
         """Reads the module's state dict to the host, or what the scaffold's saver gives instead."""
         if self.module is None:
@@ -267,3 +284,9 @@ def _own(fetched: Any, read: Any) -> Any:
     """Copies the tensors that were on the host already, so that later steps cannot change them."""
     return pytree.tree_map(
         lambda leaf, own: leaf.detach().clone() if isinstance(leaf, Tensor) and leaf is own else leaf, fetched, read)
+
+
+def _copy_into(tensors: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpuspec.errors import HostFailureError
@@ -28,12 +27,12 @@ class Collectives:
       host_index: this process.
       num_hosts: all of them.
       health: says who has failed.
-      control: a gloo group.
-      device_group: an nccl group; None without GPUs.
+      control: a ProcessGroupGloo. Every root below is process 0, the default of its options.
+      device_group: a ProcessGroupNCCL; None without GPUs.
     """
 
-    def __init__(self, *, host_index: int, num_hosts: int, health: Health, control: dist.ProcessGroup,
-                 device_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, *, host_index: int, num_hosts: int, health: Health, control: Any,
+                 device_group: Any = None) -> None:
         self.host_index, self.num_hosts = host_index, num_hosts
         self._health = health
         self._control, self._device_group = control, device_group
@@ -72,22 +71,21 @@ class Collectives:
 
     def all_reduce(self, tensor: Tensor, what: str = "reduce gradients") -> None:
         """Sums a tensor over the hosts, in place."""
-        self._wait(lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor, what)
+        self._wait(lambda group: group.allreduce([tensor]), tensor, what)
 
     def broadcast(self, tensor: Tensor, what: str = "take the chief's state") -> None:
         """Makes a tensor the chief's, in place."""
-        self._wait(lambda group: dist.broadcast(tensor, 0, group=group, async_op=True), tensor, what)
+        self._wait(lambda group: group.broadcast([tensor]), tensor, what)
 
     def gather(self, tensor: Tensor, what: str = "bring host tensors to the chief") -> list[Tensor] | None:
         """Returns every host's tensor on the chief, None on the others; all have one shape and dtype."""
-        parts = [torch.empty_like(tensor) for _ in range(self.num_hosts)] if self.host_index == 0 else None
-        self._wait(lambda group: dist.gather(tensor, parts, dst=0, group=group, async_op=True), tensor, what)
-        return parts
+        parts = [[torch.empty_like(tensor) for _ in range(self.num_hosts)]] if self.host_index == 0 else []
+        self._wait(lambda group: group.gather(parts, [tensor]), tensor, what)
+        return parts[0] if parts else None
 
     def scatter(self, parts: Sequence[Tensor] | None, out: Tensor, what: str = "deal out the batch") -> Tensor:
         """Fills `out` with this host's part of the chief's."""
-        self._wait(lambda group: dist.scatter(out, None if parts is None else list(parts), src=0, group=group,
-                                              async_op=True), out, what)
+        self._wait(lambda group: group.scatter([out], [] if parts is None else [list(parts)]), out, what)
         return out
 
     def share(self, tree: Any) -> Any:

@@ -114,23 +114,25 @@ def join(config: RunConfig, device: torch.device) -> NativeCoordinator:
     _check_all_here(own, rank, world)
     health = _start_health(own, rank, world, config.heartbeat_seconds)
     try:
-        if dist.is_initialized():  # by the user
-            control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-        else:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_COLLECTIVE_TIMEOUT)
-            control = dist.group.WORLD
-        on_device = (dist.new_group(backend="nccl", timeout=_COLLECTIVE_TIMEOUT)
-                     if device.type == "cuda" else None)
+        # Groups of our own: torch's default group stays the user's, and torchmetrics, which would bring metrics of the
+        # chief's host half together over it, finds none.
+        control = dist.ProcessGroupGloo(dist.PrefixStore("gloo", own), rank, world, _COLLECTIVE_TIMEOUT)
+        on_device = _nccl(dist.PrefixStore("nccl", own), rank, world) if device.type == "cuda" else None
     except RuntimeError as error:
         raise DeviceError(f"process {rank} of {world} cannot connect to the others: "
                           f"{str(error).splitlines()[0]}") from error
-    assert control is not None
     coordinator = NativeCoordinator(
         Collectives(host_index=rank, num_hosts=world, health=health, control=control, device_group=on_device),
         health, own)
     _joined.append(coordinator)
     atexit.register(_leave, coordinator)
     return coordinator
+
+
+def _nccl(store: dist.Store, rank: int, world: int) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = _COLLECTIVE_TIMEOUT
+    return dist.ProcessGroupNCCL(store, rank, world, options)
 
 
 def _check_all_here(store: dist.Store, rank: int, world: int) -> None:

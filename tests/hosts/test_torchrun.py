@@ -1,0 +1,77 @@
+"""torchrun starts the command; the environment says who is who."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import tpuspec
+from tpuspec.errors import ConfigError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+         "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; those of a launch that are not named are not there."""
+    def set_to(**values):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_a_process_alone_is_the_chief(environment):
+    environment()
+    info = tpuspec.launch_info()
+    assert (info.launcher, info.host_index, info.num_hosts, info.is_chief, info.chief_address) == (
+        "alone", 0, 1, True, None)
+
+
+def test_torchruns_variables_say_who_is_who(environment):
+    environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500",
+                TORCHELASTIC_RUN_ID="x")
+    info = tpuspec.launch_info()
+    assert (info.launcher, info.host_index, info.num_hosts, info.local_rank, info.is_chief, info.chief_address) == (
+        "torchrun", 3, 4, 1, False, "node0:29500")
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"RANK": "0"}, "must be set both or neither"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, r"a number in 0 \.\. WORLD_SIZE - 1"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "gpu"}, "LOCAL_RANK must be a number; got 'gpu'"),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, r"srun started 4 tasks, and RANK and WORLD_SIZE are not set.*export RANK"),
+])
+def test_wrong_or_partial_variables_are_told(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(ConfigError, match=message):
+        tpuspec.launch_info()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_evaluates_and_predicts_as_one(tmp_path):
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "-m", "tpuspec.train", "config=digits", "device=cpu", f"model_dir={tmp_path}", *arguments],
+            capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    output = run("run.max_steps=40", "run.save_checkpoints_steps=20")
+    assert len(re.findall("evaluation of 360 rows at step 20", output)) == 1
+    assert len(re.findall(r"^evaluation at step 40: accuracy 0\.[89]", output, re.MULTILINE)) == 1
+    assert re.search(r"replicas +2", output)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-0", "checkpoint-20", "checkpoint-40"]
+    run("mode=predict")
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 360
+    assert sum(json.loads(line)["classes"] in range(10) for line in lines) == 360
