@@ -187,3 +187,7 @@ class Stop(tpuspec.SessionRunHook):
     def after_run(self, context):
         if host == 1 and context.step == int(options["stop"]):
             context.request_stop()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), **dict(text.split("=", 1) for text in sys.argv[3:]))

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from tpuspec.checkpoint.store import CheckpointStore
+
 pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 30.0
@@ -47,9 +49,9 @@ def test_a_killed_process_is_named_at_once(run_hosts, failing):
         assert outcome.codes[host] == 1
         assert re.match(rf"host {failing} of 3 \(.*\) failed in \w+: it ended without a word \(killed",
                         told(outcome, host))
-    written = [path for path in (outcome.out / "run0").rglob("*") if "checkpoint-" in path.name]
-    assert written
-    assert not [path for path in written if "tmp" in path.name or path.name.startswith(".")] or failing == 0
+    store = CheckpointStore(outcome.out / "run0")
+    assert store.steps()
+    assert store.damaged_steps() == []
 
 
 @pytest.mark.parametrize("failing", [0, 2])

@@ -69,6 +69,9 @@ class Health:
 
     def __init__(self, *, host_index: int, num_hosts: int, heartbeat_seconds: float, token: str,
                  listener: socket.socket | None = None, chief: socket.socket | None = None) -> None:
+        own_end = chief or listener
+        assert own_end is not None, "the chief listens, the others are connected to it"
+        self.own_address: str = own_end.getsockname()[0]
         self.failure: Failure | None = None
         self.left: set[int] = set()
         self._host, self._num_hosts, self._token = host_index, num_hosts, token

@@ -116,7 +116,7 @@ def join(config: RunConfig, device: torch.device) -> NativeCoordinator:
     try:
         # Groups of our own: torch's default group stays the user's, and torchmetrics, which would bring metrics of the
         # chief's host half together over it, finds none.
-        control = dist.ProcessGroupGloo(dist.PrefixStore("gloo", own), rank, world, _COLLECTIVE_TIMEOUT)
+        control = _gloo(dist.PrefixStore("gloo", own), rank, world, health.own_address)
         on_device = _nccl(dist.PrefixStore("nccl", own), rank, world) if device.type == "cuda" else None
     except RuntimeError as error:
         raise DeviceError(f"process {rank} of {world} cannot connect to the others: "
@@ -127,6 +127,17 @@ def join(config: RunConfig, device: torch.device) -> NativeCoordinator:
     _joined.append(coordinator)
     atexit.register(_leave, coordinator)
     return coordinator
+
+
+def _gloo(store: dist.Store, rank: int, world: int, address: str) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = _COLLECTIVE_TIMEOUT
+    # By the network on which the chief was reached: gloo's own guess, the address of the host's name, is often
+    # loopback's.
+    options._devices = [gloo.create_default_device() if os.environ.get("GLOO_SOCKET_IFNAME") else
+                        gloo.create_device(hostname=address)]
+    return gloo(store, rank, world, options)
 
 
 def _nccl(store: dist.Store, rank: int, world: int) -> Any:

@@ -77,6 +77,10 @@ class XlaReplicas:
             raise DeviceError(
                 f"The XLA client of this process already runs on {hardware}; PJRT_DEVICE={platform} came too late. "
                 "Set PJRT_DEVICE before the first XLA call of the process.")
+        if xr.process_count() > 1:
+            raise ConfigError(
+                f"this version of tpuspec drives the XLA devices of one host; {xr.process_count()} hosts were found. "
+                "Take a slice of one host, or use_tpu=False on CPUs or GPUs, which computes on several.")
         shards = config.tpu_config.num_shards
         is_cpu = hardware == "CPU"
         if is_cpu and already_runs and _wanted_cpu_devices() != num_devices:
