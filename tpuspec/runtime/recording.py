@@ -168,6 +168,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
     recording.created = [slot for slot in after if slot not in before.slots]
     recording.dropped = [slot for slot in before.slots if slot not in after]
     batch_sources = {graph.tensor_id(tensor): Source("batch", i) for i, tensor in enumerate(batch)}
+    by_number = {number: Source("slot", slot) for slot, number in before.numbers.items()} | batch_sources
     slots, states = list(after), list(after.values())
     for slot, tensor, is_pending in zip(slots, states, graph.pending(states), strict=True):
         if not is_pending:
@@ -193,7 +194,9 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
     _keep_hidden(recording, before, device, watch=watch)
     graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
     for found in graph.graph_inputs(recording.roots) if recording.roots else []:
-        source = Source("seed") if found.tensor_id == graph.seed_id() else sources.get(found.handle)
+        # By the buffer where a tensor was read through another one that shares it.
+        source = Source("seed") if found.tensor_id == graph.seed_id() else (
+            by_number.get(found.tensor_id) or sources.get(found.handle))
         if source is None:
             source = Source("constant", len(recording.constants))
             recording.constants.append(found.value)
