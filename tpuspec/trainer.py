@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import logging
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from torch import nn
@@ -41,12 +40,12 @@ from tpuspec.loops.report import banner_facts, write_results
 from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.train import TrainLoop
+from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
-from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import EvalResult
 from tpuspec.spec.scaffold import Scaffold
 from tpuspec.summary import create_file_writer
@@ -55,40 +54,6 @@ from tpuspec.summary.progress import Progress
 from tpuspec.summary.writer import SummaryWriter
 
 logger = logging.getLogger(__name__)
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def watched(verb: Callable[Concatenate[Trainer, P], R]) -> Callable[Concatenate[Trainer, P], R]:
-    """Tells the other hosts of every error that leaves a method."""
-    @functools.wraps(verb)
-    def run(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with in_phase(verb.__name__):
-                return verb(self, *args, **kwargs)
-        except BaseException as error:
-            self._report(error, verb.__name__)
-            raise
-
-    return run
-
-
-def watched_generator(verb: Callable[Concatenate[Trainer, P], Generator[R, None, None]],
-                      ) -> Callable[Concatenate[Trainer, P], Generator[R, None, None]]:
-    """The same of a generator; that its user closes it is no error."""
-    @functools.wraps(verb)
-    def run(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> Generator[R, None, None]:
-        try:
-            yield from verb(self, *args, **kwargs)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            self._report(error, verb.__name__)
-            raise
-
-    return run
 
 
 class Trainer:
