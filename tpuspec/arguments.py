@@ -171,3 +171,16 @@ def check_factories(model: object, optimizer: object, scheduler: object = None) 
             f"{type(scheduler).__name__}. Pass lambda optimizer, params: CosineAnnealingLR(optimizer, ...).")
     if scheduler is not None and optimizer is None:
         raise ConfigError("scheduler needs an optimizer whose learning rate it sets: pass optimizer=function.")
+
+
+def check_native_settings(config: RunConfig, *, all_on_xla: bool) -> None:
+    """Checks that settings of plain PyTorch are given only where something runs by it.
+
+    Raises:
+      ConfigError: everything runs on XLA.
+    """
+    given = {"device": config.device, "compile": config.compile}
+    ignored = [f"{name}={value!r}" for name, value in given.items() if value]
+    if all_on_xla and ignored:
+        raise ConfigError(f"{ignored[0]} has no effect with use_tpu=True: it is for plain PyTorch. Pass "
+                          "use_tpu=False, or leave it out.")

@@ -90,6 +90,7 @@ class Trainer:
         if use_tpu:
             arguments.check_batch_sizes(
                 checked, train=train_batch_size, evaluate=eval_batch_size, predict=predict_batch_size)
+        arguments.check_native_settings(checked, all_on_xla=use_tpu and eval_on_tpu)
         check_model_fn(model_fn, params_given=params is not None)
         self._config = arguments.resolve_model_dir(model_dir, checked)
         self._params = copy.deepcopy(dict(params or {}))
