@@ -125,6 +125,19 @@ def test_evaluation_and_prediction_are_exact_on_four_replicas(deployment, tmp_pa
     np.testing.assert_allclose(predicted, logits.numpy(), atol=1e-5)
 
 
+def test_metrics_that_are_views_leave_all_replicas_graphs_equal(tmp_path):
+    def viewing(features, labels, mode, params, model, optimizer, global_step):
+        spec = model_fn(features, labels, mode, params, model, optimizer, global_step)
+        if mode != ModeKeys.EVAL:
+            return spec
+        first = model(features)[:, :1].squeeze(1)
+        return spec.replace(eval_metrics=(lambda first: {"first": first}, [first]))
+
+    trainer = make(4, tmp_path, model_fn=viewing)
+    trainer.train(input_fn, steps=5)
+    assert trainer.evaluate(input_fn) == trainer.evaluate(input_fn)
+
+
 def test_replicas_drop_different_units(tmp_path):
     def dropping(features, labels, mode, params, model, optimizer):
         kept = F.dropout(torch.ones(64, device=features.device), 0.5)

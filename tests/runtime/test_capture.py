@@ -324,6 +324,26 @@ def test_require_raises_what_auto_would_warn_of(case, tmp_path):
     reset()
 
 
+def test_predictions_and_metrics_that_are_views_are_replayed(tmp_path):
+    def model_fn(features, labels, mode, params, model, optimizer):
+        output = model(features).squeeze(1)
+        losses = (output - labels).square()
+        if mode == ModeKeys.EVAL:
+            return TPUEstimatorSpec(mode, loss=losses, eval_metrics=(lambda output: {"output": output}, [output]))
+        loss = losses.mean()
+        return TPUEstimatorSpec(mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss))
+
+    def input_fn(params, mode):
+        drawn = batches(lambda g: (torch.randn(BATCH, 4, generator=g), torch.randn(BATCH, generator=g)))(params)
+        return drawn if mode == ModeKeys.TRAIN else list(itertools.islice(drawn, 8))
+
+    torch.manual_seed(0)
+    trainer = run("require", model_fn, nn.Linear(4, 1), sgd, input_fn, tmp_path, steps=5)[2]
+    first = trainer.evaluate(input_fn)
+    assert kind(trainer) == "replay"
+    assert trainer.evaluate(input_fn) == first
+
+
 class Warming(nn.Module):
     """Makes a table on its first call, as lazy caches do."""
 
@@ -373,7 +393,7 @@ def test_a_value_that_a_hook_changes_is_captured_anew_and_told_of(tmp_path, capl
 
     traced, captured = trained("off"), trained("require")
     assert_same(traced, captured)
-    assert any("captured for the 3th time: a Python value that the step reads changed" in record.message
+    assert any("captured 3 times: a Python value that the step reads changed" in record.message
                for record in caplog.records)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -40,8 +41,8 @@ class Recording:
     """A traced step that has not run yet.
 
     Attributes:
-      output: what the step returned; its tensors are pending.
-      tensors: the output's tensors, flat.
+      output: what the step returned, with empty tensors in the places of its own.
+      tensors: the output's tensors, flat; none once it has run.
       sources: where each of them comes from.
       inputs: where each input of the graph comes from.
       values: the inputs of this very step.
@@ -147,7 +148,9 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
         graph.allow_execution(True)
     # One of the host's own becomes a constant of the graph.
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
-    recording = Recording(output=output, tensors=tensors, slots=read_slots(replica))
+    # Without its tensors: those that are views would be pending again once published, and be found as left over.
+    form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
+    recording = Recording(output=form, tensors=tensors, slots=read_slots(replica))
     if watch:
         if reads.place is not None:
             recording.notes.append(
@@ -247,7 +250,7 @@ def launch(recording: Recording) -> list[Tensor]:
     for root, value in zip(recording.roots, results, strict=True):
         graph.publish(root, graph.inner(value))
     # Of this very step only; what is kept of a recording is its form.
-    recording.values, recording.roots, recording.slots = [], [], {}
+    recording.tensors, recording.values, recording.roots, recording.slots = [], [], [], {}
     return results
 
 
