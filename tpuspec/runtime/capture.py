@@ -195,7 +195,7 @@ class CapturedStep:
         slots = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
                       for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
         training = () if replica.model is None else tuple(module.training for module in replica.model.modules())
-        scheduled = {id(group) for _, group in self._rates._groups(replica)}
+        scheduled = {id(group) for _, group in self._rates.groups(replica)}
         groups = tuple((name, number, key, repr(value)) for name, optimizer in replica.optimizers.items()
                        for number, group in enumerate(optimizer.param_groups) for key, value in group.items()
                        if key != "params" and not isinstance(value, Tensor)
@@ -290,7 +290,7 @@ class CapturedStep:
         if len(self._captured) > _QUIET_CAPTURES:
             read = list(self._signatures)
             (old, old_form), (new, new_form) = list(self._captured)[-2:]
-            logger.warning("%s was captured for the %dth time: %s.", self._name, len(self._captured),
+            logger.warning("%s was captured %d times: %s.", self._name, len(self._captured),
                            _told_change((read[old], old_form), (read[new], new_form)))
 
     def _audit(self, program: _Program, recording: Recording) -> None:

@@ -12,9 +12,14 @@ from torch import Tensor
 from tpuspec.runtime import graph
 from tpuspec.spec.backend import Replica
 
+_NOT_CAPTURABLE_ON_XLA = (torch.optim.Adadelta,)
+"""Has the setting, and refuses it on XLA devices."""
+
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Moves an optimizer to the form that computes on the device only, where torch has one (`capturable=True`)."""
+    if isinstance(optimizer, _NOT_CAPTURABLE_ON_XLA):
+        return
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
@@ -42,16 +47,16 @@ class LearningRates:
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._first = replicas[0]
         self._sent: dict[int, tuple[list[float], list[Tensor]]] = {}
-        self._own: set[str] = set()
 
-    def _groups(self, replica: Replica) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
+    def groups(self, replica: Replica) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
+        """Returns the scheduled optimizers of a replica with their groups."""
         return [(replica.optimizers[name], group) for name, optimizer in self._first.optimizers.items()
-                if name not in self._own and is_scheduled(optimizer) and name in replica.optimizers
+                if is_scheduled(optimizer) and name in replica.optimizers
                 for group in replica.optimizers[name].param_groups]
 
     def sent(self, replica: Replica) -> list[Tensor]:
         """Returns the learning rates on a replica's device, one a group; sent anew where one changed."""
-        groups = self._groups(self._first)
+        groups = self.groups(self._first)
         if not groups:
             return []
         rates = [float(group["lr"]) for _, group in groups]
@@ -64,7 +69,7 @@ class LearningRates:
     @contextlib.contextmanager
     def in_place(self, replica: Replica, sent: Sequence[Tensor]) -> Iterator[None]:
         """Puts the tensors into the optimizers' groups within the block."""
-        groups = self._groups(replica)
+        groups = self.groups(replica)
         floats = [group["lr"] for _, group in groups]
         for (optimizer, group), tensor in zip(groups, sent, strict=True):
             # SGD multiplies by a tensor only if it requires a gradient, and reads it to the host otherwise.
