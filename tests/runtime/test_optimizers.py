@@ -44,7 +44,8 @@ def test_an_optimizer_runs_as_the_page_says(name, alone, scheduled, tmp_path):
 
     bias = name != "Muon"  # which takes matrices only
     check(alone, make, tmp_path, bias=bias)
-    check(scheduled, make, tmp_path, bias=bias, scheduler=lambda optimizer, params: MADE["CosineAnnealingLR"](optimizer))
+    check(scheduled, make, tmp_path, bias=bias,
+          scheduler=lambda optimizer, params: MADE["CosineAnnealingLR"](optimizer))
 
 
 @pytest.mark.parametrize(("name", "expected"), SCHEDULES, ids=[name for name, _ in SCHEDULES])
