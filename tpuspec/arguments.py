@@ -184,3 +184,41 @@ def check_native_settings(config: RunConfig, *, all_on_xla: bool) -> None:
     if all_on_xla and ignored:
         raise ConfigError(f"{ignored[0]} has no effect with use_tpu=True: it is for plain PyTorch. Pass "
                           "use_tpu=False, or leave it out.")
+
+
+def check_sliced(config: RunConfig, *, on_xla: bool) -> None:
+    """Checks that the SLICED deployment of evaluation runs where it can.
+
+    Raises:
+      ConfigError: it is asked for on one process without XLA.
+    """
+    configured = config.tpu_config.eval_training_input_configuration
+    if configured is InputPipelineConfig.SLICED and not on_xla and config.cluster.num_workers <= 1:
+        raise ConfigError("Invalid TPUConfig `eval_training_input_configuration` value. SLICED mode only works on "
+                          "use_tpu = True.")
+
+
+def check_length(steps: int | None, max_steps: int | None) -> None:
+    """Checks what says how long to train.
+
+    Raises:
+      ConfigError: both are given, or one is not above zero.
+    """
+    if steps is not None and max_steps is not None:
+        raise ConfigError(f"Can not provide both steps and max_steps. Got {steps} and {max_steps}; pass one.")
+    check_above_zero("steps", steps)
+    check_above_zero("max_steps", max_steps)
+
+
+def check_train_length(steps: int | None, max_steps: int | None, *, on_xla: bool) -> None:
+    """Checks, where there is something to train, that the end is known and a whole number.
+
+    Raises:
+      ConfigError: on XLA neither is given.
+      ConfigTypeError: one is not an int.
+    """
+    if on_xla and steps is None and max_steps is None:
+        raise ConfigError("For TPU training, one of `steps` or `max_steps` must be set.")
+    for name, value in (("Train steps", steps), ("Train max_steps", max_steps)):
+        if value is not None:
+            check_int(name, value)

@@ -16,30 +16,24 @@ import numpy as np
 from torch import nn
 
 from tpuspec import arguments
-from tpuspec.checkpoint.background import BackgroundSave
-from tpuspec.checkpoint.manager import CheckpointManager
-from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
+from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
-from tpuspec.config import InputPipelineConfig, LoopLength, RunConfig
+from tpuspec.config import LoopLength, RunConfig
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.errors import ConfigError
-from tpuspec.host.drain import Drain
 from tpuspec.host.executor import HostExecutor
-from tpuspec.host.metric_state import MetricState
-from tpuspec.loops.agreement import AgreedSavePolicy, AgreedSizer, NoSave, ends_input, leave_to_chief
+from tpuspec.loops.agreement import AgreedSavePolicy, ends_input
 from tpuspec.loops.chief_store import store_of
-from tpuspec.loops.evaluate import EvaluateLoop
+from tpuspec.loops.evaluation_run import EvaluationRun
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
-from tpuspec.loops.host_work import EvalWork, TrainWork
-from tpuspec.loops.interruption import stop_on_signals
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
-from tpuspec.loops.prepare import Preparation, Prepared
+from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
-from tpuspec.loops.report import banner_facts, write_results
-from tpuspec.loops.saving import Saver
+from tpuspec.loops.report import banner_facts
+from tpuspec.loops.saving import Saver, make_manager
 from tpuspec.loops.session import ModelSource, Session
-from tpuspec.loops.train import TrainLoop
+from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import select
@@ -181,10 +175,7 @@ class Trainer:
         if self._config.cluster.task_type == "evaluator":
             raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
                               "use train_and_evaluate there, or task_type='worker'.")
-        if steps is not None and max_steps is not None:
-            raise ConfigError(f"Can not provide both steps and max_steps. Got {steps} and {max_steps}; pass one.")
-        arguments.check_above_zero("steps", steps)
-        arguments.check_above_zero("max_steps", max_steps)
+        arguments.check_length(steps, max_steps)
         newest_step = self._agreed_step()
         if max_steps is not None and newest_step >= max_steps:
             arguments.check_int("Train max_steps", max_steps)
@@ -193,11 +184,7 @@ class Trainer:
         checked_hooks = check_hooks(hooks)
         session = self._session(self._use_tpu)
         preparation = self._prepare(session, ModeKeys.TRAIN, on_xla=self._use_tpu)
-        if self._use_tpu and steps is None and max_steps is None:
-            raise ConfigError("For TPU training, one of `steps` or `max_steps` must be set.")
-        for name, value in (("Train steps", steps), ("Train max_steps", max_steps)):
-            if value is not None:
-                arguments.check_int(name, value)
+        arguments.check_train_length(steps, max_steps, on_xla=self._use_tpu)
         checked_listeners = check_listeners(saving_listeners)
         if checked_listeners and not self._save_policy(session).enabled:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
@@ -225,56 +212,26 @@ class Trainer:
             session.backend.seed(self._seed + session.global_step)
         session.input_position, session.random_state = run.input, None
         last_step = max_steps if steps is None else session.global_step + steps
-        saver = Saver(
-            self._manager(session, save_policy), save_policy,
-            lambda: session.training_state(prepared.rehearsal.scaffold), listeners)
-        self._run_training(session, prepared, saver, [*hooks, *prepared.rehearsal.hooks],
-                           last_step=last_step, restored=restored)
-        session.random_state = read_random_state(session.backend)
-
-    def _run_training(self, session: Session, prepared: Prepared, saver: Saver, hooks: list[SessionRunHook], *,
-                      last_step: int | None, restored: bool) -> None:
-        config, progress, first_step = self._config, self._progress, session.global_step
-        coordinator = session.backend.coordinator
         # Without XLA hooks fire per step: each step is a loop of its own.
-        length = config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
+        length = self._config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
+        training = TrainingRun(
+            session=session, prepared=prepared, config=self._config, loop_length=length, progress=self._progress,
+            restored=restored, hooks=[*hooks, *prepared.rehearsal.hooks],
+            saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator), save_policy,
+                        lambda: session.training_state(prepared.rehearsal.scaffold), listeners))
         self._banner(session)
-        with (contextlib.closing(prepared.batches),
-              contextlib.closing(self._writer(session, self.model_dir)) as writer):
-            work = TrainWork(
-                writer=writer, progress=progress, step_kind=lambda: session.backend.step_kind,
-                summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
-                stop_on_nan=config.stop_on_nan)
-            progress.start("train", last_step)
+        with contextlib.closing(prepared.batches), contextlib.closing(self._writer(session, self.model_dir)) as writer:
             self._training_input = prepared.batches
-            context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
             try:
-                with (stop_on_signals(context.request_stop) as interruption,
-                      HostExecutor(config.host_queue_size) as executor):
-                    input_ended = TrainLoop(
-                        session=session, step=prepared.step, batches=prepared.batches,
-                        sizer=AgreedSizer(coordinator, length, last_step), saver=saver, restored=restored,
-                        input_end=prepared.input_end,
-                        drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
-                                    work=work if coordinator.is_chief else leave_to_chief,
-                                    host_call_every=config.tpu_config.host_call_every_n_steps),
-                        hooks=HookRunner(hooks, context, writer=writer)).run()
+                interruption = training.run(writer, last_step)
             finally:
                 self._training_input = None
-                work.finish()
-                progress.stop()
-                saver.close()
-        interruption.signal = max(coordinator.exchange(interruption.signal or 0, name="a signal")) or None
         if interruption.signal is not None:
             self._ends_together = True
-            progress.message(f"interrupted: stopped at step {session.global_step}, newest checkpoint "
-                             f"{self.latest_checkpoint()}. The next train() goes on from there.")
+            self._progress.message(f"interrupted: stopped at step {session.global_step}, newest checkpoint "
+                                   f"{self.latest_checkpoint()}. The next train() goes on from there.")
             interruption.end()
-        if input_ended and last_step is not None:
-            progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a Dataset, or "
-                             "repeat the batches in input_fn, to train on.")
-        if session.global_step == first_step:
-            logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
+        session.random_state = read_random_state(session.backend)
 
     @watched
     def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,
@@ -301,7 +258,7 @@ class Trainer:
         if self._eval_on_tpu and not self._use_tpu:
             logger.warning("eval_on_tpu ignored because use_tpu is False.")
         checked_hooks = check_hooks(hooks)
-        self._check_sliced(on_xla)
+        arguments.check_sliced(self._config, on_xla=on_xla)
         session = self._session(on_xla)
         preparation = self._prepare(session, ModeKeys.EVAL, on_xla=on_xla)
         arguments.check_eval_steps(steps, on_xla=on_xla)
@@ -318,31 +275,12 @@ class Trainer:
             writer = stack.enter_context(contextlib.closing(self._writer(session, folder)))
             # The line of a training that this evaluation interrupts stays.
             progress = Progress(enabled=False) if self._training_input is not None else self._progress
-            metrics = MetricState()
-            context = HookContext(mode=ModeKeys.EVAL, model=session.module)
-            work = EvalWork(writer=writer, metrics=metrics, progress=progress,
-                            step_kind=lambda: session.backend.step_kind,
-                            global_step=session.global_step)
             self._banner(session)
-            progress.start(f"eval{f' {name}' if name else ''}", steps)
-            try:
-                with HostExecutor(self._config.host_queue_size) as executor:
-                    EvaluateLoop(
-                        backend=session.backend, step=prepared.step, batches=prepared.batches, max_steps=steps,
-                        drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
-                                    work=work if session.backend.coordinator.is_chief else leave_to_chief),
-                        input_end=prepared.input_end,
-                        hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
-                                         summary_step=session.global_step),
-                        hooks_per_step=not on_xla).run()
-                result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
-                result = session.backend.coordinator.share(result)
-            finally:
-                metrics.reset_owned()
-                progress.stop()
-            work.loss.warn_of_padding()
-            write_results(writer, result, evaluated)
-        self._progress.table(f"evaluation{f' {name}' if name else ''} of {work.num_rows} rows at step "
+            result, num_rows = EvaluationRun(
+                session=session, prepared=prepared, hooks=[*checked_hooks, *prepared.rehearsal.hooks],
+                hooks_per_step=not on_xla, queue_size=self._config.host_queue_size,
+                title=f"eval{f' {name}' if name else ''}", progress=progress).run(writer, steps, evaluated)
+        self._progress.table(f"evaluation{f' {name}' if name else ''} of {num_rows} rows at step "
                              f"{result['global_step']}", result)
         return result
 
@@ -364,7 +302,7 @@ class Trainer:
           As evaluate, from the first next().
         """
         checked_hooks = check_hooks(hooks)
-        self._check_sliced(self._use_tpu)
+        arguments.check_sliced(self._config, on_xla=self._use_tpu)
         session = self._session(self._use_tpu)
         preparation = self._prepare(session, ModeKeys.PREDICT, on_xla=self._use_tpu)
         session.check_not_lent("predict()")
@@ -391,10 +329,7 @@ class Trainer:
                     if not session.backend.coordinator.is_chief:
                         continue
                     predictions = select_predictions(step.join("predictions"), predict_keys)
-                    if yield_single_examples:
-                        yield from single_examples(predictions)
-                    else:
-                        yield predictions
+                    yield from single_examples(predictions) if yield_single_examples else (predictions,)
 
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""
@@ -424,15 +359,6 @@ class Trainer:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
         return create_file_writer(folder) if session.backend.coordinator.is_chief else MultiWriter(())
 
-    def _manager(self, session: Session, policy: SavePolicy) -> CheckpointManager | NoSave:
-        if not session.backend.coordinator.is_chief:
-            return NoSave(policy)
-        config = self._config
-        retention = RetentionPolicy(max_to_keep=config.keep_checkpoint_max,
-                                    keep_every_n_hours=config.keep_checkpoint_every_n_hours)
-        background = BackgroundSave(config.checkpoint_timeout_secs) if config.async_checkpoints else None
-        return CheckpointManager(self._store, policy, retention, background)
-
     def _report(self, error: BaseException, phase: str) -> None:
         """Tells the other hosts of an error that ends this one's call."""
         if self._ends_together and isinstance(error, KeyboardInterrupt | SystemExit):
@@ -458,13 +384,6 @@ class Trainer:
                  ) -> contextlib.AbstractContextManager[str | None]:
         return borrowed_weights(session, self._sessions.get(self._use_tpu),
                                 store_of(self._store, session.backend.coordinator), checkpoint_path, scaffold)
-
-    def _check_sliced(self, on_xla: bool) -> None:
-        configured = self._config.tpu_config.eval_training_input_configuration
-        alone = self._config.cluster.num_workers <= 1
-        if configured is InputPipelineConfig.SLICED and not on_xla and alone:
-            raise ConfigError("Invalid TPUConfig `eval_training_input_configuration` value. SLICED mode only works on "
-                              "use_tpu = True.")
 
     def _banner(self, session: Session) -> None:
         self._progress.banner("tpuspec", banner_facts(

@@ -5,15 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from tpuspec.checkpoint.background import BackgroundSave
 from tpuspec.checkpoint.manager import CheckpointManager
-from tpuspec.checkpoint.policy import SavePolicy
+from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
+from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.config import RunConfig
 from tpuspec.errors import TpuspecError
 from tpuspec.loops.agreement import NoSave
 from tpuspec.loops.hooks import ListenerRunner
+from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.hooks import CheckpointSaverListener
 
 logger = logging.getLogger(__name__)
+
+
+def make_manager(config: RunConfig, store: CheckpointStore, policy: SavePolicy,
+                 coordinator: Coordinator) -> CheckpointManager | NoSave:
+    """Returns what saves on this host; on hosts that are not the chief it saves nothing."""
+    if not coordinator.is_chief:
+        return NoSave(policy)
+    retention = RetentionPolicy(max_to_keep=config.keep_checkpoint_max,
+                                keep_every_n_hours=config.keep_checkpoint_every_n_hours)
+    background = BackgroundSave(config.checkpoint_timeout_secs) if config.async_checkpoints else None
+    return CheckpointManager(store, policy, retention, background)
 
 
 class Saver:

@@ -1,0 +1,100 @@
+"""One call of train(), once all is checked and restored: the loop with its drain, hooks, host work and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpuspec.config import LoopLength, RunConfig
+from tpuspec.host.drain import Drain
+from tpuspec.host.executor import HostExecutor
+from tpuspec.loops.agreement import AgreedSizer, leave_to_chief
+from tpuspec.loops.hooks import HookRunner
+from tpuspec.loops.host_work import TrainWork
+from tpuspec.loops.interruption import Interruption, stop_on_signals
+from tpuspec.loops.prepare import Prepared
+from tpuspec.loops.saving import Saver
+from tpuspec.loops.session import Session
+from tpuspec.loops.train import TrainLoop
+from tpuspec.spec.hooks import HookContext, SessionRunHook
+from tpuspec.spec.mode import ModeKeys
+from tpuspec.summary.progress import Progress
+from tpuspec.summary.writer import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """Trains to a step, and tells people how it ended.
+
+    Attributes:
+      session: the restored state.
+      prepared: input and step.
+      saver: of checkpoints.
+      hooks: of this call.
+      config: the run's settings.
+      loop_length: of the loops between two boundaries.
+      progress: the progress line.
+      restored: whether the first state stands in a checkpoint already.
+    """
+
+    session: Session
+    prepared: Prepared
+    saver: Saver
+    hooks: Sequence[SessionRunHook]
+    config: RunConfig
+    loop_length: LoopLength
+    progress: Progress
+    restored: bool
+
+    def run(self, writer: SummaryWriter, last_step: int | None) -> Interruption:
+        """Trains until `last_step`, the end of the input, a stop request or a signal; returns which signal came.
+
+        Args:
+          writer: of model_dir.
+          last_step: global step to end at; None for none.
+
+        Raises:
+          What `Trainer.train` raises, but for the end that a signal asks for.
+        """
+        session, first_step = self.session, self.session.global_step
+        coordinator = session.backend.coordinator
+        interruption, input_ended = self._run_loop(writer, last_step)
+        interruption.signal = max(coordinator.exchange(interruption.signal or 0, name="a signal")) or None
+        if interruption.signal is None:
+            if input_ended and last_step is not None:
+                self.progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a "
+                                      "Dataset, or repeat the batches in input_fn, to train on.")
+            if session.global_step == first_step:
+                logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
+        return interruption
+
+    def _run_loop(self, writer: SummaryWriter, last_step: int | None) -> tuple[Interruption, bool]:
+        config, session, prepared = self.config, self.session, self.prepared
+        coordinator = session.backend.coordinator
+        work = TrainWork(
+            writer=writer, progress=self.progress, step_kind=lambda: session.backend.step_kind,
+            summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
+            stop_on_nan=config.stop_on_nan)
+        context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
+        self.progress.start("train", last_step)
+        try:
+            with (stop_on_signals(context.request_stop) as interruption,
+                  HostExecutor(config.host_queue_size) as executor):
+                input_ended = TrainLoop(
+                    session=session, step=prepared.step, batches=prepared.batches,
+                    sizer=AgreedSizer(coordinator, self.loop_length, last_step), saver=self.saver,
+                    restored=self.restored, input_end=prepared.input_end,
+                    drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
+                                work=work if coordinator.is_chief else leave_to_chief,
+                                host_call_every=config.tpu_config.host_call_every_n_steps),
+                    hooks=HookRunner(self.hooks, context, writer=writer)).run()
+        finally:
+            with contextlib.ExitStack() as stack:  # each of them, whatever another one raises
+                stack.callback(self.saver.close)
+                stack.callback(self.progress.stop)
+                stack.callback(work.finish)
+        return interruption, input_ended
