@@ -13,14 +13,14 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults format lint types check bench lock clean FORCE
+.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock clean FORCE
 
 export UV_HTTP_TIMEOUT
 # pyright runs the JavaScript of its own wheel: no look for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." goes to train, test, lint, format, bench and lock; PYTHON=python3.12 chooses the Python.'
 
 setup: $(READY)  ## makes or mends .venv; every other target does so too
@@ -33,6 +33,9 @@ test: $(READY)  ## runs the tests
 
 test-faults: $(READY)  ## runs the tests of faults: damage, kills, resume, locks
 	$(RUN) -m pytest tests/faults $(ARGS)
+
+test-faults-long: $(READY)  ## kills trainings by SIGKILL, 100 times: half an hour and more
+	$(RUN) -m pytest tests/faults -m long $(ARGS)
 
 format: $(READY)  ## sorts imports and mends what ruff can mend
 	$(RUN) -m ruff check --fix $(ARGS)
