@@ -120,6 +120,27 @@ def test_a_metric_of_the_users_own_shows_no_trace_of_the_rehearsal_on_zeros(tmp_
         assert trainer.evaluate(lambda params: TensorDataset(x, x))["own"] == 1.0
 
 
+def test_metric_fn_is_tried_on_zeros_by_the_first_evaluation_only(tmp_path):
+    seen = []
+
+    def model_fn(features, labels, mode, params, model):
+        def metric_fn(labels):
+            seen.append(labels.sum().item())
+            return {"mean": labels}
+
+        return TPUEstimatorSpec(mode, loss=labels.squeeze(1), eval_metrics=(metric_fn, [labels]))
+
+    trainer = make_trainer(tmp_path, model_fn)
+    x = torch.ones(8, 1)
+    for _ in range(3):
+        trainer.evaluate(lambda params: TensorDataset(x, x))
+    assert seen == [0, 4, 4, 4, 4, 4, 4]
+    with pytest.raises(tpuspec.errors.SpecError, match="`loss` is not allowed"):
+        make_trainer(tmp_path / "other", lambda features, mode, params: TPUEstimatorSpec(
+            mode, loss=features.squeeze(1), eval_metrics=(lambda rows: {"loss": rows}, [features]))).evaluate(
+                lambda params: [x[:4]])
+
+
 def test_an_evaluation_within_training_leaves_each_submodules_mode(tmp_path):
     modes = []
     trainer = make_trainer(tmp_path, model=batch_norm_net)

@@ -109,7 +109,8 @@ class Preparation:
         warn_of_mixed_precision(first.replicas[0], session.module)
         check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
         call = self._model_fn_call()
-        rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0])
+        rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
+                             tried=session.tried_metrics)
         step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
         return Prepared(
             batches=PrefetchedBatches(

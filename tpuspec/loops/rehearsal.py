@@ -1,7 +1,8 @@
 """Before the first step of a mode: model_fn is traced once on the first batch, and all that can be wrong is checked.
 
 Nothing is compiled or kept. A metric_fn is tried on zeros of the right shapes: its names and kinds are checked, its
-values thrown away, and an error of its own (zeros may not suit it) is left for the first real step to show.
+values thrown away, and an error of its own (zeros may not suit it) is left for the first real step to show. That is
+done once: where the step is compiled already, the first real result shows as soon.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer
 from tpuspec.spec.backend import Backend, Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.hooks import SessionRunHook
-from tpuspec.spec.host_call import call_host_function, check_keywords
+from tpuspec.spec.host_call import call_host_function, check_keywords, named_tensors
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import Batch
 from tpuspec.spec.scaffold import Scaffold, make_scaffold
@@ -45,7 +46,7 @@ class Rehearsal:
     hooks: tuple[SessionRunHook, ...]
 
 
-def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch) -> Rehearsal:
+def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch, *, tried: set[Hashable]) -> Rehearsal:
     """Traces model_fn once and checks its spec.
 
     Args:
@@ -53,6 +54,7 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
       replica: the replica to trace on.
       call: how model_fn is called.
       batch: the first batch, on the device.
+      tried: metric functions that were tried, with their shapes, by earlier calls; this one is added.
 
     Raises:
       SpecError, SpecTypeError, SpecUsageError: a rule of the spec is broken.
@@ -78,7 +80,7 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
         check_keywords("host_call", spec.host_call[0], spec.host_call[1])
     if call.mode is ModeKeys.EVAL and spec.eval_metrics is not None:
         check_keywords("eval_metrics", spec.eval_metrics[0], spec.eval_metrics[1])
-        _rehearse_metrics(spec.eval_metrics[0], spec.eval_metrics[1])
+        _rehearse_metrics(spec.eval_metrics[0], spec.eval_metrics[1], tried)
     return Rehearsal(scaffold=scaffold, hooks=())
 
 
@@ -102,10 +104,16 @@ def _make_scaffold(spec: Spec, *, on_xla: bool) -> Scaffold:
     return spec.scaffold
 
 
-def _rehearse_metrics(metric_fn: Callable[..., Any], tensors: Any) -> None:
+def _rehearse_metrics(metric_fn: Callable[..., Any], tensors: Any, tried: set[Hashable]) -> None:
     def zeros(tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
+    # By its code: model_fn makes the function anew in each call.
+    code = getattr(metric_fn, "__code__", type(metric_fn))
+    key = (code, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in named_tensors(tensors)))
+    if key in tried:
+        return
+    tried.add(key)
     fake = ({name: zeros(t) for name, t in tensors.items()} if isinstance(tensors, Mapping)
             else [zeros(t) for t in tensors])
     with _metrics_as_before():

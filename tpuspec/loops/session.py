@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,14 @@ class Session:
       input_position: where the training input stands behind the last update; None before any.
       random_state: after the last training, for the next; None where it is to be seeded.
       has_state: whether the state was trained or restored; before, it is the initial one.
+      tried_metrics: metric functions that the rehearsal has tried on zeros, with their shapes.
     """
 
     def __init__(self, backend: Backend, source: ModelSource, *, seed: int) -> None:
         self.backend = backend
         self.global_step = 0
         self.has_state = False
+        self.tried_metrics: set[Hashable] = set()
         self.input_position: list[dict[str, Any]] | None = None
         self.random_state: dict[str, Any] | None = None
         self._source = source
