@@ -88,10 +88,14 @@ class InputPipeline:
         params = copy.deepcopy(dict(settings.params))  # one copy of the values for all calls, as in TPUEstimator
         # A checkpoint holds the positions of all hosts' calls; a training that goes on in memory those of its own.
         is_own = settings.starts is not None and len(settings.starts) == len(calls)
-        self._feeds = [
-            _Feed(settings, call, dict(params),
-                  common_start(settings.starts, *((i, len(calls)) if is_own else (call.index, call.num_calls))))
-            for i, call in enumerate(calls)]
+        self._feeds: list[_Feed] = []
+        try:
+            for i, call in enumerate(calls):
+                place = (i, len(calls)) if is_own else (call.index, call.num_calls)
+                self._feeds.append(_Feed(settings, call, dict(params), common_start(settings.starts, *place)))
+        except BaseException:
+            self.close()
+            raise
         self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
         self._sleep = sleep
         self._started = False
@@ -122,6 +126,11 @@ class InputPipeline:
         # Only training goes on from a position.
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
         return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())), position=position)
+
+    def close(self) -> None:
+        """Lets go of the input, also before its end: workers of a DataLoader end."""
+        for feed in self._feeds:
+            feed.close()
 
     def padding(self) -> HostBatch:
         """Returns a step's batches without a real row, for a host whose input ended before that of others."""
@@ -170,6 +179,10 @@ class _Feed:
     def position(self) -> Position:
         """Returns where the input stands."""
         return self._iterator.position()
+
+    def close(self) -> None:
+        """Lets go of the input."""
+        self._iterator.close()
 
     def draw(self) -> tuple[list[Batch], torch.Tensor] | None:
         """Returns one step's batches, one a replica, with the mask of their rows; None at the end of the input."""

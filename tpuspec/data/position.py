@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from tpuspec.data.share import Share
+from tpuspec.data.workers import WorkerBatches, start_iterator
 from tpuspec.errors import CheckpointError
 
 Position = dict[str, Any]
@@ -24,7 +25,7 @@ class Batches:
     """An iterator of batches that counts; nothing can go back to where it stood, but to its start."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = iter(batches)
+        self._batches = start_iterator(batches)
         self._num_batches = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -38,6 +39,12 @@ class Batches:
     def position(self) -> Position:
         """Returns where it stands behind the batch that was drawn last."""
         return {"kind": "iterable", "batches": self._num_batches}
+
+    def close(self) -> None:
+        """Lets go of the batches; a DataLoader's workers end."""
+        if isinstance(self._batches, WorkerBatches):
+            self._batches.close()
+        self._batches = iter(())
 
 
 class ListBatches(Batches):
@@ -61,11 +68,11 @@ class StatefulBatches(Batches):
         if start is not None:
             source.load_state_dict(start["state"])
         super().__init__(source if batches is None else batches)
-        self._source = source
+        self._stateful = source
 
     def position(self) -> Position:
         """Returns a copy of the iterable's own state."""
-        return {"kind": "state", "state": copy.deepcopy(self._source.state_dict())}
+        return {"kind": "state", "state": copy.deepcopy(self._stateful.state_dict())}
 
 
 class ShuffledBatches:
@@ -106,6 +113,10 @@ class ShuffledBatches:
         """Returns epoch and row, with what they depend on."""
         return {"kind": "dataset", "epoch": self._epoch, "rows": self._rows, "num_rows": self._num_rows,
                 "seed": self._seed}
+
+    def close(self) -> None:
+        """Lets go of the batches."""
+        self._iterator = iter(())
 
 
 def check_start(start: Position | None, kind: str, *, num_rows: int | None = None, strict: bool) -> Position | None:

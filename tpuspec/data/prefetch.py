@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,16 @@ import torch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class SupportsClose(Protocol):
+    """What can be closed before its end."""
+
+    def close(self) -> None:
+        """Lets go of what is held."""
+        ...
+
 
 SLOW_DRAW_SECONDS = 250e-6
 """A draw that costs less is cheaper than handing its batch from thread to thread, and Python's lock changes hands."""
@@ -90,18 +100,20 @@ class PrefetchedBatches(Generic[T]):
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the thread; batches that were drawn ahead are dropped."""
+        """Ends the thread, and closes the source where it can be closed; batches that were drawn ahead are dropped."""
         thread, self._may_start = self._thread, False
-        if thread is None:
-            return
-        with self._changed:
-            self._stops = True
-            self._changed.notify_all()
-        thread.join(_CLOSE_SECONDS)
-        if thread.is_alive():
-            logger.warning("input_fn has not yielded its next batch for %.0f seconds; its thread is left behind.",
-                           _CLOSE_SECONDS)
-        self._ready.clear()
+        if thread is not None:
+            with self._changed:
+                self._stops = True
+                self._changed.notify_all()
+            thread.join(_CLOSE_SECONDS)
+            self._ready.clear()
+            if thread.is_alive():
+                logger.warning("input_fn has not yielded its next batch for %.0f seconds; its thread is left behind.",
+                               _CLOSE_SECONDS)
+                return
+        if isinstance(self._source, SupportsClose):
+            self._source.close()
 
     def _draw_here(self) -> T:
         if not self._may_start:

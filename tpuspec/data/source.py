@@ -32,6 +32,10 @@ class RawBatches(Iterator[Any], Protocol):
         """Returns where it stands, behind the batch that was drawn last."""
         ...
 
+    def close(self) -> None:
+        """Lets go of the input before its end."""
+        ...
+
 
 def raw_batches(source: Any, *, input_fn: Callable[..., Any], mode: ModeKeys, batch_size: int | None, seed: int,
                 start: Position | None = None, strict: bool = True, share: Share | None = None) -> RawBatches:

@@ -149,6 +149,11 @@ class AgreedInput(InputEnd):
             self._is_over = True
             self._coordinator.exchange(_STOP, name="the next batch")
 
+    def close(self) -> None:
+        """Lets go of this host's input."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
     def _draw(self) -> HostBatch | None:
         if self._pipeline is None or self._has_ended:
             return None
@@ -182,7 +187,7 @@ class AgreedInput(InputEnd):
 
 
 def agreed_input(make: Callable[[], InputPipeline], coordinator: Coordinator, plan: InputPlan, topology: Topology,
-                 mode: ModeKeys) -> tuple[Iterator[HostBatch], InputEnd]:
+                 mode: ModeKeys) -> tuple[InputPipeline | AgreedInput, InputEnd]:
     """Returns the batches of all hosts, or on one host those of its pipeline as they are; and what ends them early."""
     if coordinator.num_hosts == 1:
         return make(), InputEnd()

@@ -104,21 +104,25 @@ class Preparation:
             seed=self._seed, starts=starts, strict_start=strict_start)
         batches, input_end = agreed_input(
             lambda: InputPipeline(settings), backend.coordinator, self.plan, backend.topology, mode)
-        restore_random()
-        first = next(batches)
-        warn_of_mixed_precision(first.replicas[0], session.module)
-        check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
-        call = self._model_fn_call()
-        rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
-                             tried=session.tried_metrics)
-        step = TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call)
+        try:
+            restore_random()
+            first = next(batches)
+            warn_of_mixed_precision(first.replicas[0], session.module)
+            check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
+            call = self._model_fn_call()
+            rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
+                                 tried=session.tried_metrics)
+            step = session.compiled_step(
+                mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call))
+        except BaseException:
+            batches.close()
+            raise
         return Prepared(
             batches=PrefetchedBatches(
                 # Several hosts ask one another for each batch, which belongs to the loop's thread.
                 batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
                 first=[first]),
-            step=session.compiled_step(mode, step),
-            rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)
+            step=step, rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)
 
     def _num_copies(self) -> int:
         if not self.plan.broadcast:
