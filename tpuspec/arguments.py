@@ -119,7 +119,7 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
 
     Raises:
       ConfigTypeError: no path.
-      ConfigError: both are given and differ, or it is no local folder.
+      ConfigError: both are given and differ.
     """
     if model_dir is not None and not isinstance(model_dir, str | os.PathLike):
         raise ConfigTypeError(f"model_dir must be a path; got {model_dir!r}.")
@@ -127,8 +127,6 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
     if given and config.model_dir is not None and given != config.model_dir:
         raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
                           f"{given!r} and {config.model_dir!r}. Set one of them.")
-    if "://" in (given or config.model_dir or ""):
-        raise ConfigError(f"model_dir must be a local folder in this version; got {given or config.model_dir!r}.")
     return config.replace(model_dir=given or config.model_dir or tempfile.mkdtemp(prefix="tpuspec-"))
 
 

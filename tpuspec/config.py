@@ -167,7 +167,7 @@ class RunConfig:
     """Settings of a run.
 
     Attributes:
-      model_dir: folder of checkpoints and logs; None takes a temporary one.
+      model_dir: folder of checkpoints and logs, or an address such as gs://bucket/run; None takes a temporary folder.
       seed: random seed of host and device; None draws one.
       save_summary_steps: steps between summaries; None or 0 writes none.
       save_checkpoints_steps, save_checkpoints_secs: distance between checkpoints, one of the two; both None saves
@@ -184,6 +184,7 @@ class RunConfig:
       host_queue_size: steps whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
+      checkpoint_max_shard_bytes: tensors of more bytes are spread over several files; a larger tensor has its own.
       checkpoint_timeout_secs: longest time that the writing of one may take; None for no limit.
       stop_on_nan: whether a loss that is NaN or infinite ends training.
       allow_inexact_resume: whether a run may go on from a checkpoint though its input cannot be put back to where it
@@ -215,6 +216,7 @@ class RunConfig:
     host_queue_size: int = 8
     show_progress: bool = True
     async_checkpoints: bool = True
+    checkpoint_max_shard_bytes: int = 5_000_000_000
     checkpoint_timeout_secs: float | None = 1800.0
     stop_on_nan: bool = True
     allow_inexact_resume: bool = False
@@ -321,6 +323,9 @@ def validate(config: RunConfig) -> None:
     for name in ("async_checkpoints", "stop_on_nan", "allow_inexact_resume"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} must be True or False; got {getattr(config, name)!r}.")
+    shard_bytes = config.checkpoint_max_shard_bytes
+    if not _is_int(shard_bytes) or shard_bytes < 1:
+        raise ConfigError(f"checkpoint_max_shard_bytes must be a positive int; got {shard_bytes!r}.")
     timeout = config.checkpoint_timeout_secs
     if timeout is not None and not (_is_number(timeout) and timeout > 0):
         raise ConfigError(f"checkpoint_timeout_secs should be > 0, or None; got {timeout!r}.")

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,7 +98,7 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
               f"{settings.run.max_steps}. A larger run.max_steps goes on from there.", flush=True)
         return
     if trainer.config.is_chief:
-        write_record(Path(trainer.model_dir), job.resolved, environment)
+        write_record(trainer.model_dir, job.resolved, environment)
     saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
     with_listeners: dict[str, Any] = {"saving_listeners": listeners} if listeners and saves else {}
     trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps, **with_listeners)
@@ -110,7 +109,7 @@ def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping
     if not trainer.config.is_chief:
         with contextlib.closing(trainer.predict(functions.input_fn)) as predictions:
             return {"num_predictions": sum(1 for _ in predictions)}
-    path = Path(trainer.model_dir) / PREDICTIONS_FILE
+    path = os.path.join(trainer.model_dir, PREDICTIONS_FILE)
     num_predictions = 0
     with replacing(path) as file, contextlib.closing(trainer.predict(functions.input_fn)) as predictions:
         for num_predictions, prediction in enumerate(predictions, start=1):

@@ -9,13 +9,13 @@ import logging
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from torch import nn
 
 from tpuspec import arguments
+from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import LoopLength, RunConfig
@@ -59,7 +59,8 @@ class Trainer:
       optimizer: function of (module, params) that returns an optimizer, or a dict of several by name.
       scheduler: function of (what optimizer returned, params) that returns a torch.optim.lr_scheduler schedule, or a
         dict of several; stepped after each update. None leaves the learning rates as they are.
-      model_dir: folder of checkpoints and logs; None takes config.model_dir, or a temporary folder.
+      model_dir: folder of checkpoints and logs, or an address of fsspec such as gs://bucket/run; None takes
+        config.model_dir, or a temporary folder.
       config: a RunConfig.
       params: values for the user's functions; 'batch_size' and 'context' are reserved.
       use_tpu: XLA devices if true; plain PyTorch on the CPU if not.
@@ -97,7 +98,9 @@ class Trainer:
         self._model_fn = model_fn
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
         self._sessions: dict[bool, Session] = {}
-        self._store = CheckpointStore(self.model_dir)
+        self._store = CheckpointStore(self.model_dir, max_shard_bytes=self._config.checkpoint_max_shard_bytes)
+        if is_remote(self.model_dir):  # file:// is a folder of this machine
+            self._config = self._config.replace(model_dir=os.fspath(self._store.model_dir))
         self._progress = Progress(enabled=self._config.show_progress and self._config.cluster.task_index == 0)
         self._training_input: PrefetchedBatches[HostBatch] | None = None
         self._ends_together = False
@@ -264,7 +267,8 @@ class Trainer:
         arguments.check_eval_steps(steps, on_xla=on_xla)
         session.check_not_lent("evaluate()")
         store_of(self._store, session.backend.coordinator).check_writable()
-        folder = Path(self.model_dir) / (f"eval_{arguments.check_name(name)}" if name else "eval")
+        # Also where model_dir is an address, which Path would spoil.
+        folder = os.path.join(self.model_dir, f"eval_{arguments.check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._training_paused())
             stack.enter_context(session.evaluating(self._seed))
@@ -313,7 +317,8 @@ class Trainer:
             stack.enter_context(contextlib.closing(prepared.batches))
             stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             stack.enter_context(session.lent())
-            writer = stack.enter_context(contextlib.closing(self._writer(session, Path(self.model_dir) / "predict")))
+            writer = stack.enter_context(contextlib.closing(
+                self._writer(session, os.path.join(self.model_dir, "predict"))))
             executor = stack.enter_context(HostExecutor(self._config.host_queue_size))
             context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
             loop = PredictLoop(
@@ -355,7 +360,7 @@ class Trainer:
         coordinator = self._session(self._use_tpu).backend.coordinator
         return coordinator.share(self.global_step())
 
-    def _writer(self, session: Session, folder: str | Path) -> SummaryWriter:
+    def _writer(self, session: Session, folder: str) -> SummaryWriter:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
         return create_file_writer(folder) if session.backend.coordinator.is_chief else MultiWriter(())
 

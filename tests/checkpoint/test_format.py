@@ -142,3 +142,78 @@ def test_a_link_to_a_checkpoint_is_not_listed_as_one(checkpoint):
     link = checkpoint.parent / "checkpoint-2"
     link.symlink_to(checkpoint)
     assert not is_complete(link)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    state = TrainingState(global_step=1, model={name: torch.full((3,), float(i)) for i, name in enumerate("abc")},
+                          optimizers={"": {"state": {0: {"m": torch.ones(2), "v": torch.ones(2)}}}})
+    return CheckpointStore(tmp_path, max_shard_bytes=12).save(state)
+
+
+def test_many_tensors_are_spread_over_shards_each_in_the_manifest(sharded):
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    names += ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors", "state.json"]
+    assert sorted(path.name for path in sharded.iterdir()) == sorted([*names, "manifest.json"])
+    files = json.loads((sharded / "manifest.json").read_text())["files"]
+    assert {name: (entry["size"], entry["crc32"]) for name, entry in files.items()} == {
+        name: (len(content := (sharded / name).read_bytes()), zlib.crc32(content)) for name in names}
+    state = _load(sharded)
+    assert {name: tensor.tolist() for name, tensor in state.model.items()} == {
+        "a": [0.0] * 3, "b": [1.0] * 3, "c": [2.0] * 3}
+    assert state.optimizers[""]["state"][0]["v"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "optimizer-00001-of-00002.safetensors"])
+def test_fault_14_damage_to_a_shard_is_named(sharded, name):
+    content = bytearray((sharded / name).read_bytes())
+    content[-1] ^= 1
+    (sharded / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"checksum mismatch in {name}"):
+        _load(sharded)
+    (sharded / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: it is missing"):
+        _load(sharded)
+
+
+def _files(sharded):
+    return json.loads((sharded / "manifest.json").read_text())["files"]
+
+
+def test_fault_20_a_manifest_without_one_of_the_shards_is_refused(sharded):
+    for name in list(_files(sharded)):
+        if name.startswith("model"):
+            _rewrite(sharded, files={other: entry for other, entry in _files(sharded).items() if other != name})
+            with pytest.raises(CheckpointError, match=f"is no complete checkpoint: it has no {name}"):
+                _load(sharded)
+            _rewrite(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
+
+
+@pytest.mark.parametrize("name", ["../model-00001-of-00003.safetensors", "a/model.safetensors", "/etc/passwd"])
+def test_fault_20_a_shard_elsewhere_is_refused(sharded, name):
+    _rewrite(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
+    with pytest.raises(CheckpointError, match="names files outside its folder"):
+        _load(sharded)
+
+
+def test_fault_20_a_link_in_the_place_of_a_shard_is_refused(sharded):
+    shard = sharded / "model-00002-of-00003.safetensors"
+    shard.rename(sharded.parent / "elsewhere")
+    shard.symlink_to(sharded.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged: it cannot be read"):
+        _load(sharded)
+
+
+def test_fault_20_a_tensor_in_two_shards_is_refused(sharded):
+    first, second = (sharded / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+    second.write_bytes(first.read_bytes())
+    _rewrite(sharded, files=_files(sharded) | {second.name: _files(sharded)[first.name]})
+    with pytest.raises(CheckpointError, match="has 'a' in two of its files"):
+        _load(sharded)
+
+
+def test_fault_20_counts_of_shards_that_no_memory_could_hold_take_none(sharded):
+    state = _files(sharded)["state.json"]
+    _rewrite(sharded, files={"model-00001-of-99999.safetensors": {"size": 2**60, "crc32": 1}, "state.json": state})
+    with pytest.raises(CheckpointError, match="it has no model-00002-of-99999.safetensors"):
+        _load(sharded)

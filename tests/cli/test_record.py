@@ -50,11 +50,11 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 
 def test_record_has_unicode_and_a_warning_that_it_is_data(tmp_path):
-    write_record(tmp_path / "ä b", "name: 数\n", {})
+    write_record(str(tmp_path / "ä b"), "name: 数\n", {})
     assert (tmp_path / "ä b" / "config.yaml").read_text(encoding="utf-8").endswith("nothing reads it back.\nname: 数\n")
 
 
 def test_record_that_cannot_be_written_names_the_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file cannot be written"):
-        write_record(tmp_path / "file", "", {})
+        write_record(str(tmp_path / "file"), "", {})

@@ -231,7 +231,8 @@ def test_an_error_of_the_input_in_predict_comes_behind_the_rows_before_it(tmp_pa
 @pytest.mark.parametrize(("config", "message"), [
     ({"seed": -1}, "seed must be integer, 0 .. 2"),
     ({"seed": 2**64}, "seed must be integer, 0 .. 2"),
-    ({"model_dir": "gs://bucket/run"}, "model_dir must be a local folder in this version; got 'gs://bucket/run'"),
+    ({"model_dir": "nosuch://bucket/run"}, "'nosuch://bucket/run' is no address of a file system that can be opened"),
+    ({"model_dir": "gs://bucket/run"}, "'gs://bucket/run' needs a package that is not installed: .*gcsfs"),
 ])
 def test_settings_that_could_not_work_are_refused_at_once(config, message):
     with pytest.raises(ConfigError, match=message):

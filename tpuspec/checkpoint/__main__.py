@@ -6,39 +6,43 @@ import argparse
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 
-from tpuspec.checkpoint.format import MODEL_FILE, Reader, is_committed
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME, Location
+from tpuspec.checkpoint.format import MODEL, Reader
 from tpuspec.checkpoint.store import CheckpointStore
-from tpuspec.errors import CheckpointError
+from tpuspec.errors import CheckpointError, ConfigError
 
-DONE, STATE_REFUSED = 0, 3
+DONE, WRONG_USAGE, STATE_REFUSED = 0, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, or 3 for a checkpoint that is none or is damaged."""
+    """Runs a command line; returns 0, 2 for an address that cannot be opened, or 3 for what is no whole checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m tpuspec.checkpoint", description=__doc__)
     parser.add_argument("command", choices=["list", "verify", "show"])
-    parser.add_argument("path", type=Path, help="a model_dir, or a folder checkpoint-<step>")
+    parser.add_argument("path", help="a model_dir, or a folder checkpoint-<step>; or the address of one, as gs://bucket/run")
     arguments = parser.parse_args(argv)
     try:
         return {"list": _list, "verify": _verify, "show": _show}[arguments.command](arguments.path)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return STATE_REFUSED
+        return STATE_REFUSED if isinstance(error, CheckpointError) else WRONG_USAGE
 
 
-def _folders(path: Path) -> list[Path]:
-    if is_committed(path):
+def _is_checkpoint(path: str) -> bool:
+    return CHECKPOINT_NAME.fullmatch(path.rstrip("/").rpartition("/")[2]) is not None
+
+
+def _folders(path: str) -> list[Location]:
+    if _is_checkpoint(path):
         return [path]
     store = CheckpointStore(path)
     folders = [store.path(step) for step in store.steps()]
     if not folders:
-        raise CheckpointError(f"{str(path)!r} is no checkpoint and holds none. Give a model_dir.")
+        raise CheckpointError(f"{path!r} is no checkpoint and holds none. Give a model_dir.")
     return folders
 
 
-def _list(path: Path) -> int:
+def _list(path: str) -> int:
     for folder in _folders(path):
         with Reader.open(folder) as reader:
             manifest = reader.manifest
@@ -49,7 +53,7 @@ def _list(path: Path) -> int:
     return DONE
 
 
-def _verify(path: Path) -> int:
+def _verify(path: str) -> int:
     code = DONE
     for folder in _folders(path):
         try:
@@ -62,12 +66,12 @@ def _verify(path: Path) -> int:
     return code
 
 
-def _show(path: Path) -> int:
-    folder = path if is_committed(path) else CheckpointStore(path).latest()
+def _show(path: str) -> int:
+    folder = path if _is_checkpoint(path) else CheckpointStore(path).latest()
     if folder is None:
-        raise CheckpointError(f"{str(path)!r} is no checkpoint and holds none that is whole.")
+        raise CheckpointError(f"{path!r} is no checkpoint and holds none that is whole.")
     with Reader.open(folder) as reader:
-        manifest, tensors = reader.manifest, reader.tensors(MODEL_FILE)
+        manifest, (tensors,) = reader.manifest, reader.tensors(MODEL)
     print(f"{folder}: step {manifest.global_step}, tpuspec {manifest.tpuspec_version}, "
           f"{sum(tensor.numel() for tensor in tensors.values()):,} numbers in the model")
     for name, tensor in tensors.items():

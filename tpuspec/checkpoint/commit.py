@@ -18,12 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tpuspec.checkpoint.disk import make_folder, remove, rename, sync_folder
+from tpuspec.checkpoint.folder import InUseError
 
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-(.+)-[0-9a-f]{8}")
-
-
-class InUseError(OSError):
-    """A folder is being read, or written, by somebody else."""
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:

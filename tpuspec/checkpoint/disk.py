@@ -5,19 +5,12 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+from tpuspec.checkpoint.folder import Written
 
 # Small enough for the part to be in the processor's cache still when it is written after its checksum.
 _PART_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What went into a file: its bytes, and their CRC-32."""
-
-    size: int
-    crc32: int
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:

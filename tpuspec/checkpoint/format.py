@@ -1,7 +1,7 @@
 """The files of one checkpoint folder, written and read.
 
-  model.safetensors       state dict of the module
-  optimizer.safetensors   tensors of the optimizers, and of the run's other state
+  model.safetensors       state dict of the module; model-00001-of-00003.safetensors and so on where it is large
+  optimizer.safetensors   tensors of the optimizers, and of the run's other state; likewise
   state.json              all that is no tensor
   manifest.json           step, times, size and checksum of each file; written last, so that a folder with one is whole
 
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
-import stat
+import re
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from tpuspec.checkpoint.disk import write_file
+from tpuspec.checkpoint.folder import Folder, OpenFile, WriteFile
+from tpuspec.checkpoint.location import open_folder
 from tpuspec.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -36,32 +36,38 @@ from tpuspec.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from tpuspec.checkpoint.tensors import decode_tensors, encode_tensors
+from tpuspec.checkpoint.tensors import decode_tensors, encode_tensors, split_shards
 from tpuspec.errors import CheckpointError
 
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
-_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-_PART_BYTES = 1 << 20
+MODEL, OPTIMIZER, STATE_FILE = "model", "optimizer", "state.json"
+MAX_SHARD_BYTES = 5_000_000_000
+_SHARD = re.compile(rf"({MODEL}|{OPTIMIZER})(?:-([0-9]{{5}})-of-([0-9]{{5}}))?\.safetensors", re.ASCII)
+_MAX_THREADS = 4
 
 
-def write_files(folder: Path, manifest: Manifest, values: Mapping[str, Any], model: Mapping[str, Tensor],
-                optimizer: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint into an empty folder, each file through to the disk.
+def write_files(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any], model: Mapping[str, Tensor],
+                optimizer: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes a checkpoint into an empty folder, each file through to the disk, the manifest last.
 
     Args:
-      folder: where.
+      write_file: makes a file of the folder.
       manifest: step and times; the files and is_finite are filled in.
       values: what state.json says.
       model, optimizer: storable tensors.
+      max_shard_bytes: of a file of tensors; a larger tensor has a file of its own.
     """
-    text = json.dumps(dict(values), allow_nan=False, indent=1).encode()
-    contents = {MODEL_FILE: encode_tensors(model), OPTIMIZER_FILE: encode_tensors(optimizer), STATE_FILE: [text]}
     files = {}
-    for name, chunks in contents.items():
-        written = write_file(folder / name, chunks)
-        files[name] = FileEntry(size=written.size, crc32=written.crc32)
+    for part, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+        shards = split_shards(tensors, max_shard_bytes)
+        for number, shard in enumerate(shards, start=1):
+            name = f"{part}-{number:05}-of-{len(shards):05}" if len(shards) > 1 else part
+            written = write_file(f"{name}.safetensors", encode_tensors(shard))
+            files[f"{name}.safetensors"] = FileEntry(size=written.size, crc32=written.crc32)
+    text = json.dumps(dict(values), allow_nan=False, indent=1).encode()
+    written = write_file(STATE_FILE, [text])
+    files[STATE_FILE] = FileEntry(size=written.size, crc32=written.crc32)
     manifest = dataclasses.replace(manifest, files=files, is_finite=is_finite(model))
-    write_file(folder / MANIFEST_FILE, [encode_manifest(manifest)])
+    write_file(MANIFEST_FILE, [encode_manifest(manifest)])
 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
@@ -74,7 +80,7 @@ def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder has a manifest and the files it names, in their sizes; no checksum is computed."""
     try:
         with Reader.open(folder) as reader:
@@ -83,80 +89,67 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def is_committed(folder: Path) -> bool:
-    """Whether the folder has a manifest, which makes it a checkpoint, though its bytes may have changed since."""
-    return not folder.is_symlink() and (folder / MANIFEST_FILE).is_file()
-
-
 class Reader:
-    """An open checkpoint folder: what is read through it is of one commit, and no retention deletes it meanwhile.
+    """An open checkpoint: what is read through it is of one commit, and no retention deletes it meanwhile.
 
     Args:
-      folder: for messages.
-      descriptor: of the open folder.
+      folder: the open folder.
     """
 
-    def __init__(self, folder: Path, descriptor: int) -> None:
-        self.folder = folder
-        self._descriptor = descriptor
-        content = self._content(MANIFEST_FILE, MAX_MANIFEST_BYTES)
-        self.manifest: Manifest = decode_manifest(content, str(folder / MANIFEST_FILE), version=tpuspec_version())
-        missing = [name for name in _FILES if name not in self.manifest.files]
-        if missing:
-            raise CheckpointError(f"{str(folder)!r} is no complete checkpoint: it has no {missing[0]}.")
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        content, _ = self._content(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        self.manifest: Manifest = decode_manifest(
+            content.numpy().tobytes(), self._where(MANIFEST_FILE), version=tpuspec_version())
+        self._shards = {part: self._find_shards(part) for part in (MODEL, OPTIMIZER)}
+        if STATE_FILE not in self.manifest.files:
+            raise self._incomplete(STATE_FILE)
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Path) -> Iterator[Self]:
+    def open(cls, location: str | os.PathLike[str]) -> Iterator[Self]:
         """Opens a checkpoint.
 
         Raises:
           CheckpointError: the folder is no checkpoint, is damaged, or is of a later format.
         """
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise _no_checkpoint(folder, "does not exist") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{str(folder)!r} is no checkpoint that can be read: {error}.") from error
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            yield cls(folder, descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(open_folder(location))
+            except FileNotFoundError as error:
+                raise _no_checkpoint(location, "does not exist") from error
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{os.fspath(location)!r} is no checkpoint that can be read: {error}.") from error
+            yield cls(folder)
 
     def size(self, name: str) -> int:
         """Returns a file's size; -1 where there is none."""
-        try:
-            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        except OSError:
-            return -1
-        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+        return self._folder.size(name)
 
-    def fingerprint(self) -> tuple[object, ...]:
-        """What changes when a file is written: inode, size and time of each."""
-        found = [os.stat(name, dir_fd=self._descriptor, follow_symlinks=False) for name in sorted(self.manifest.files)]
-        return tuple((file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in found)
+    def fingerprint(self) -> Hashable:
+        """What changes when a file is written."""
+        return tuple(self._folder.identity(name) for name in sorted(self.manifest.files))
 
-    def read(self, name: str) -> bytes:
-        """Reads a file and checks it.
+    def values(self) -> dict[str, Any]:
+        """Reads state.json.
 
         Raises:
           DamagedCheckpointError: size or checksum are not the manifest's.
         """
-        entry = self.manifest.files[name]
-        content = self._content(name, entry.size)
-        self._check(name, entry, len(content), zlib.crc32(content))
-        return content
+        return json.loads(self._checked(STATE_FILE).numpy().tobytes())
 
-    def values(self) -> dict[str, Any]:
-        """Reads state.json."""
-        return json.loads(self.read(STATE_FILE))
+    def tensors(self, *parts: str) -> list[dict[str, Tensor]]:
+        """Reads the tensors of each part, MODEL or OPTIMIZER; several files at a time.
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Reads a file of tensors."""
-        return decode_tensors(self.read(name), str(self.folder / name))
+        Raises:
+          DamagedCheckpointError: size or checksum of a file are not the manifest's.
+          CheckpointError: a file is none of tensors, or two have the same name.
+        """
+        names = [name for part in parts for name in self._shards[part]]
+        # Reading and checksums let go of Python's lock.
+        with ThreadPoolExecutor(min(len(names), _MAX_THREADS), "tpuspec-read") as pool:
+            shards = dict(zip(names, pool.map(self._decode, names), strict=True))
+        return [self._join([shards[name] for name in self._shards[part]]) for part in parts]
 
     def verify(self) -> None:
         """Checks every byte against the manifest's checksums, part by part.
@@ -164,52 +157,95 @@ class Reader:
         Raises:
           DamagedCheckpointError: names the file.
         """
-        for name, entry in self.manifest.files.items():
-            with self._file(name) as descriptor:
-                size = crc32 = 0
-                while part := os.read(descriptor, _PART_BYTES):
-                    crc32, size = zlib.crc32(part, crc32), size + len(part)
-            self._check(name, entry, size, crc32)
+        with ThreadPoolExecutor(min(len(self.manifest.files), _MAX_THREADS), "tpuspec-verify") as pool:
+            list(pool.map(self._verify, self.manifest.files))
+
+    def _find_shards(self, part: str) -> list[str]:
+        """Returns the files of a part in their order."""
+        found = {int(match[2] or 1): (name, int(match[3] or 1)) for name in self.manifest.files
+                 if (match := _SHARD.fullmatch(name)) and match[1] == part}
+        total = max((total for _, total in found.values()), default=1)
+        for number in range(1, total + 1):
+            if found.get(number, ("", 0))[1] != total:
+                raise self._incomplete(f"{part}.safetensors" if total == 1 else
+                                       f"{part}-{number:05}-of-{total:05}.safetensors")
+        return [found[number][0] for number in range(1, total + 1)]
+
+    def _incomplete(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{str(self._folder.location)!r} is no complete checkpoint: it has no {name}.")
+
+    def _join(self, shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        joined: dict[str, Tensor] = {}
+        for shard in shards:
+            if twice := joined.keys() & shard.keys():
+                raise CheckpointError(f"The checkpoint {self._folder.location} has {min(twice)!r} in two of its files. "
+                                      "Restore an earlier checkpoint.")
+            joined |= shard
+        return joined
+
+    def _decode(self, name: str) -> dict[str, Tensor]:
+        return decode_tensors(self._checked(name), self._where(name))
+
+    def _checked(self, name: str) -> Tensor:
+        """Reads a file and checks it, in one pass."""
+        entry = self.manifest.files[name]
+        content, crc32 = self._content(name, entry.size)
+        self._check(name, entry, len(content), crc32)
+        return content
+
+    def _verify(self, name: str) -> None:
+        entry = self.manifest.files[name]
+        with self._open(name) as file:
+            # Others' memory is not taken for what the manifest does not name.
+            if file.size != entry.size:
+                self._check(name, entry, file.size, 0)
+            part = memoryview(bytearray(min(file.part_bytes, max(1, file.size))))
+            size = crc32 = 0
+            while num_read := file.readinto(part):
+                crc32, size = zlib.crc32(part[:num_read], crc32), size + num_read
+        self._check(name, entry, size, crc32)
 
     def _check(self, name: str, entry: FileEntry, size: int, crc32: int) -> None:
         if size != entry.size or crc32 != entry.crc32:
             what = f"{size} bytes in place of {entry.size}" if size != entry.size else "its bytes have changed"
-            raise damaged(str(self.folder / name), f"checksum mismatch in {name} ({what})")
+            raise damaged(self._where(name), f"checksum mismatch in {name} ({what})")
 
-    def _content(self, name: str, max_bytes: int) -> bytes:
-        with self._file(name) as descriptor:
-            size = os.fstat(descriptor).st_size
-            if size > max_bytes:  # no more memory than what the manifest promised
-                raise damaged(str(self.folder / name), f"checksum mismatch in {name} ({size} bytes, too many)")
-            parts = []
-            while part := os.read(descriptor, max(1, size)):
-                parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _content(self, name: str, max_bytes: int) -> tuple[Tensor, int]:
+        """Reads a file; returns its bytes, uint8 [size], and their CRC-32."""
+        with self._open(name) as file:
+            if file.size > max_bytes:  # no more memory than what the manifest promised
+                raise damaged(self._where(name), f"checksum mismatch in {name} ({file.size} bytes, too many)")
+            # Not zeroed before it is filled, as a bytearray would be.
+            content = torch.empty(file.size, dtype=torch.uint8)
+            view = memoryview(content.numpy().data)
+            size = crc32 = 0
+            while size < len(view) and (num_read := file.readinto(view[size:size + file.part_bytes])):
+                crc32, size = zlib.crc32(view[size:size + num_read], crc32), size + num_read
+        return content[:size], crc32
 
     @contextlib.contextmanager
-    def _file(self, name: str) -> Iterator[int]:
-        try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                                 dir_fd=self._descriptor)
-        except FileNotFoundError as error:
-            if name == MANIFEST_FILE:
-                raise _no_checkpoint(self.folder, f"has no {name}") from error
-            raise damaged(str(self.folder / name), "it is missing") from error
-        except OSError as error:  # a link, among others
-            raise damaged(str(self.folder / name), f"it cannot be read ({error})") from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise damaged(str(self.folder / name), "it is no regular file")
-            yield descriptor
-        except OSError as error:
-            raise damaged(str(self.folder / name), f"it cannot be read ({error})") from error
-        finally:
-            os.close(descriptor)
+    def _open(self, name: str) -> Iterator[OpenFile]:
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(self._folder.open(name))
+            except FileNotFoundError as error:
+                if name == MANIFEST_FILE:
+                    raise _no_checkpoint(self._folder.location, f"has no {name}") from error
+                raise damaged(self._where(name), "it is missing") from error
+            except OSError as error:  # a link, among others
+                raise damaged(self._where(name), f"it cannot be read ({error})") from error
+            try:
+                yield file
+            except OSError as error:
+                raise damaged(self._where(name), f"it cannot be read ({error})") from error
+
+    def _where(self, name: str) -> str:
+        return f"{self._folder.location}/{name}"
 
 
-def _no_checkpoint(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{str(folder)!r} is no checkpoint: it {why}. Give the path of a folder checkpoint-<step>, "
-                           "such as latest_checkpoint() returns.")
+def _no_checkpoint(location: str | os.PathLike[str], why: str) -> CheckpointError:
+    return CheckpointError(f"{os.fspath(location)!r} is no checkpoint: it {why}. Give the path of a folder "
+                           "checkpoint-<step>, such as latest_checkpoint() returns.")
 
 
 def tpuspec_version() -> str:

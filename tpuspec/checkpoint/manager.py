@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from tpuspec.checkpoint.background import BackgroundSave
-from tpuspec.checkpoint.commit import InUseError
+from tpuspec.checkpoint.folder import InUseError, Location
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -31,7 +30,7 @@ class CheckpointManager:
         self._background = background
         self._is_closed = False
 
-    def save(self, state: TrainingState, *, wait: bool = True) -> Path:
+    def save(self, state: TrainingState, *, wait: bool = True) -> Location:
         """Commits a checkpoint, marks its step as saved, then deletes what retention no longer keeps.
 
         Args:

@@ -68,6 +68,16 @@ def _seal(body: dict[str, Any]) -> bytes:
     return json.dumps({"crc32": crc32} | body, allow_nan=False, indent=1).encode() + b"\n"
 
 
+def is_sealed(content: bytes) -> bool:
+    """Whether a manifest was written to its end, and no byte has changed since."""
+    try:
+        body = json.loads(content)
+        del body["crc32"]
+        return _seal(body) == content
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False
+
+
 def decode_manifest(content: bytes, where: str, *, version: str) -> Manifest:
     """Reads and checks a manifest.
 

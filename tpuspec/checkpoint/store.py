@@ -6,23 +6,20 @@ import contextlib
 import errno
 import logging
 import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterator
 
-from tpuspec.checkpoint.commit import InUseError, commit, discard, sweep
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME, InUseError, Location, WriteFile
 from tpuspec.checkpoint.format import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
+    MAX_SHARD_BYTES,
+    MODEL,
+    OPTIMIZER,
     Reader,
-    is_committed,
     is_complete,
     tpuspec_version,
     write_files,
 )
-from tpuspec.checkpoint.lock import writer_lock
+from tpuspec.checkpoint.location import open_storage
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
 from tpuspec.errors import CheckpointError, ConfigError
@@ -32,26 +29,33 @@ logger = logging.getLogger(__name__)
 # Errors of a disk that may pass: what was written is thrown away, and all of it written again.
 _PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE})
 _RETRY_AFTER_SECONDS = (0.1, 1.0)
-_FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})", re.ASCII)
+_MOST_ATTEMPTS = 5
 
 
 class CheckpointStore:
     """Writes, lists, reads and deletes the checkpoints of a model_dir; one process writes, any may read.
 
     Args:
-      model_dir: its folder; `prepare` makes it. It may be moved between runs.
+      model_dir: a folder, or an address of fsspec such as gs://bucket/run; `prepare` makes it. It may be moved between
+        runs.
+      max_shard_bytes: of a file of tensors.
       clock: seconds since the epoch, noted in each checkpoint.
       sleep: waits before a failed save is tried again.
+
+    Raises:
+      ConfigError: no file system of fsspec has such an address.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
-        self.model_dir = Path(model_dir)
+    def __init__(self, model_dir: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES,
+                 clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._storage = open_storage(model_dir, is_complete, clock)
+        self.model_dir: Location = self._storage.location
+        self._max_shard_bytes = max_shard_bytes
         self._clock = clock
         self._sleep = sleep
-        # Folder -> the files whose checksums were right, so that each is read through once.
-        self._verified: dict[Path, tuple[object, ...]] = {}
-        self._told: set[Path] = set()
+        # Location -> the files whose checksums were right, so that each is read through once.
+        self._verified: dict[str, Hashable] = {}
+        self._told: set[str] = set()
 
     def prepare(self) -> None:
         """Makes the folder, proves that it can be written, and mends what a killed writer left in it.
@@ -61,7 +65,7 @@ class CheckpointStore:
         """
         self.check_writable()
         try:
-            sweep(self.model_dir, is_complete)
+            self._storage.sweep()
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -74,7 +78,7 @@ class CheckpointStore:
           CheckpointError: another training writes there; names it.
         """
         self.check_writable()
-        with writer_lock(self.model_dir, self._clock):
+        with self._storage.lock():
             self.prepare()
             yield
 
@@ -84,12 +88,8 @@ class CheckpointStore:
         Raises:
           ConfigError: model_dir is no folder, or cannot be written.
         """
-        probe = self.model_dir / f".probe-{os.getpid()}"
         try:
-            self.model_dir.mkdir(parents=True, exist_ok=True)
-            # Permission bits say nothing to root, or of a read-only mount; a write does.
-            probe.write_bytes(b"tpuspec")
-            probe.unlink()
+            self._storage.check_writable()
         except (OSError, ValueError) as error:
             raise self._not_writable(error) from error
 
@@ -98,9 +98,9 @@ class CheckpointStore:
             f"model_dir must be a folder that can be written; {str(self.model_dir)!r} is not: {error}. Mend its "
             "permissions, or set another model_dir.")
 
-    def path(self, step: int) -> Path:
-        """Returns the folder of the checkpoint of `step`, whether it exists or not."""
-        return self.model_dir / f"checkpoint-{step}"
+    def path(self, step: int) -> Location:
+        """Returns the folder of the checkpoint of `step`, whether it exists or not; an address as a str."""
+        return self._storage.path(_name(step))
 
     def steps(self) -> list[int]:
         """Returns the steps of the committed checkpoints in ascending order; other folders are passed over.
@@ -109,14 +109,45 @@ class CheckpointStore:
           CheckpointError: model_dir exists and cannot be read.
         """
         try:
-            steps = (int(match[1]) for match in map(_FOLDER.fullmatch, os.listdir(self.model_dir)) if match)
-            return sorted(step for step in steps if is_committed(self.path(step)))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            return sorted(int(match[1]) for match in map(CHECKPOINT_NAME.fullmatch, self._storage.names()) if match)
         except OSError as error:
             raise CheckpointError(f"model_dir {self.model_dir} cannot be read: {error}.") from error
 
-    def latest(self) -> Path | None:
+    @contextlib.contextmanager
+    def reading_latest(self) -> Iterator[Location | None]:
+        """Yields the path of the newest checkpoint as `latest` does, and keeps it from deletion within the block.
+
+        Raises:
+          CheckpointError: as `latest`, and where checkpoints vanish faster than they can be opened.
+        """
+        for _ in range(_MOST_ATTEMPTS):
+            path = self.latest()
+            if path is None:
+                yield None
+                return
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(self.reading(path))
+                except CheckpointError:
+                    if path == self.latest():
+                        raise
+                    continue  # the training that writes here has deleted it meanwhile, and has a newer one
+                yield path
+                return
+        raise CheckpointError(f"The newest checkpoint of {self.model_dir} was replaced {_MOST_ATTEMPTS} times before "
+                              "it could be opened. Raise keep_checkpoint_max of the training that writes there.")
+
+    @contextlib.contextmanager
+    def reading(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Keeps a checkpoint from deletion by retention within the block: of other processes, and of other hosts.
+
+        Raises:
+          CheckpointError: `path` is no checkpoint that can be read.
+        """
+        with Reader.open(path):
+            yield
+
+    def latest(self) -> Location | None:
         """Returns the checkpoint of the highest step whose checksums are right, or None; damaged ones are told of.
 
         Raises:
@@ -127,8 +158,8 @@ class CheckpointStore:
             try:
                 self.verify(path)
             except DamagedCheckpointError as error:
-                if path not in self._told:
-                    self._told.add(path)
+                if str(path) not in self._told:
+                    self._told.add(str(path))
                     logger.warning("%s Falling back to the checkpoint before it.", error)
                 continue
             return path
@@ -145,17 +176,16 @@ class CheckpointStore:
           DamagedCheckpointError: a byte has changed; names the file.
           CheckpointError: `path` is no checkpoint that can be read.
         """
-        folder = Path(path)
-        with Reader.open(folder) as reader:
+        with Reader.open(path) as reader:
             if any(reader.size(name) < 0 for name in reader.manifest.files):
                 reader.verify()  # raises
-            fingerprint = (reader.manifest, *reader.fingerprint())
-            if self._verified.get(folder) != fingerprint:
+            fingerprint = (repr(reader.manifest), reader.fingerprint())
+            if self._verified.get(os.fspath(path)) != fingerprint:
                 reader.verify()
-                self._verified[folder] = fingerprint
+                self._verified[os.fspath(path)] = fingerprint
             return reader.manifest
 
-    def save(self, state: TrainingState) -> Path:
+    def save(self, state: TrainingState) -> Location:
         """Commits a checkpoint; one of the same step is replaced. All of `state` was read when it returns.
 
         Returns:
@@ -164,7 +194,7 @@ class CheckpointStore:
         Raises:
           CheckpointError: `state` cannot be stored, or the folder not be written; what was there is untouched.
         """
-        target = self.path(state.global_step)
+        name = _name(state.global_step)
         model = storable_tensors(state.model, "model")
         values, tensors = pack({"optimizers": state.optimizers, "extra": state.extra}, "state")
         now = self._clock()
@@ -172,25 +202,30 @@ class CheckpointStore:
         manifest = Manifest(
             global_step=state.global_step, saved_at_seconds=now, started_at_seconds=now if started is None else started,
             is_finite=True, tpuspec_version=tpuspec_version(), files={})
-        self._commit(target, lambda folder: write_files(folder, manifest, values, model, tensors),
-                     num_bytes=sum(t.nbytes for t in (*model.values(), *tensors.values())))
-        return target
+        self._commit(
+            name, lambda write: write_files(write, manifest, values, model, tensors, self._max_shard_bytes),
+            num_bytes=sum(t.nbytes for t in (*model.values(), *tensors.values())))
+        if not self._storage.reads_back:
+            with Reader.open(self.path(state.global_step)) as reader:
+                self._verified[os.fspath(self.path(state.global_step))] = (repr(reader.manifest), reader.fingerprint())
+        return self.path(state.global_step)
 
-    def _commit(self, target: Path, write: Callable[[Path], None], *, num_bytes: int) -> None:
-        failed = f"The checkpoint {target.name} could not be written to {str(self.model_dir)!r}; the earlier ones are "
+    def _commit(self, name: str, write: Callable[[WriteFile], None], *, num_bytes: int) -> None:
+        failed = f"The checkpoint {name} could not be written to {str(self.model_dir)!r}; the earlier ones are "
         failed += "untouched."
-        free = 0
+        free: int | None = None
         for pause in (*_RETRY_AFTER_SECONDS, None):
             try:
-                free = shutil.disk_usage(self.model_dir).free
-                if free < num_bytes:
+                free = self._storage.free_bytes()
+                if free is not None and free < num_bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return commit(target, write)
+                return self._storage.commit(name, write)
             except (OSError, ValueError) as error:
                 number = getattr(error, "errno", None)
                 if number == errno.ENOSPC:
-                    raise CheckpointError(f"{failed} It needs {num_bytes:,} bytes, and {free:,} are free: {error}. "
-                                          "Make room, or lower keep_checkpoint_max.") from error
+                    known = "" if free is None else f", and {free:,} are free"
+                    raise CheckpointError(f"{failed} It needs {num_bytes:,} bytes{known}: {error}. Make room, or lower "
+                                          "keep_checkpoint_max.") from error
                 if number not in _PASSING or pause is None:
                     raise CheckpointError(f"{failed} {type(error).__name__}: {error}") from error
                 logger.warning("%s %s Trying again in %s s.", failed, error, pause)
@@ -203,7 +238,7 @@ class CheckpointStore:
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
-        with Reader.open(Path(path)) as reader:
+        with Reader.open(path) as reader:
             return reader.manifest.global_step
 
     def load(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
@@ -216,11 +251,12 @@ class CheckpointStore:
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
-        with Reader.open(Path(path)) as reader:
-            step, model = reader.manifest.global_step, reader.tensors(MODEL_FILE)
+        with Reader.open(path) as reader:
+            step = reader.manifest.global_step
             if not optimizers:
-                return TrainingState(global_step=step, model=model)
-            rest = unpack(reader.values(), reader.tensors(OPTIMIZER_FILE))
+                return TrainingState(global_step=step, model=reader.tensors(MODEL)[0])
+            model, tensors = reader.tensors(MODEL, OPTIMIZER)
+            rest = unpack(reader.values(), tensors)
             return TrainingState(global_step=step, model=model, optimizers=rest["optimizers"], extra=rest["extra"])
 
     def delete(self, step: int) -> None:
@@ -231,12 +267,12 @@ class CheckpointStore:
           CheckpointError: there is none, or it cannot be deleted.
         """
         try:
-            discard(self.path(step))
+            self._storage.discard(_name(step))
         except InUseError:
             raise
         except OSError as error:
             raise CheckpointError(f"The checkpoint of step {step} could not be deleted: {error}.") from error
-        self._verified.pop(self.path(step), None)
+        self._verified.pop(os.fspath(self.path(step)), None)
 
     def manifests(self) -> list[Manifest]:
         """Returns the manifests of the committed checkpoints whose bytes are right, in ascending order of step."""
@@ -253,10 +289,14 @@ class CheckpointStore:
                 return self.verify(self.path(step)).started_at_seconds
         return None
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_whole(self, path: Location) -> bool:
         # A damaged checkpoint must not stop the saving of a good one; who loads it gets the error.
         try:
             self.verify(path)
         except CheckpointError:
             return False
         return True
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step}"

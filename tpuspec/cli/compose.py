@@ -226,8 +226,9 @@ def _job(draft: _Draft, prefixes: tuple[str, ...], given: list[str], *, multirun
         raise ConfigError(f"{missing[0]} is not set; config={draft.choice} must set it, or the command line.")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, TrainConfig)
-    if not settings.model_dir or "://" in settings.model_dir or "\0" in settings.model_dir:
-        raise ConfigError(f"model_dir must be a folder of this machine; got {settings.model_dir!r}.")
+    if not settings.model_dir or "\0" in settings.model_dir:
+        raise ConfigError(f"model_dir must be a folder, or an address such as gs://bucket/run; got "
+                          f"{settings.model_dir!r}.")
     check_settings(settings, given)
     # The record says what the run will do: the distance between checkpoints that RunConfig makes of its defaults.
     resolved = run_config(settings)

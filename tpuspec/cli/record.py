@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -14,6 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import fsspec
+
+from tpuspec.checkpoint.location import is_remote
 from tpuspec.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -21,15 +25,15 @@ ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = ("torch", "torch_xla", "torchmetrics", "numpy", "hydra-core")
 
 
-def write_record(model_dir: Path, resolved: str, environment: Mapping[str, Any]) -> None:
+def write_record(model_dir: str, resolved: str, environment: Mapping[str, Any]) -> None:
     """Writes the resolved settings and the environment into `model_dir`, which is made.
 
     Raises:
       ConfigError: the folder cannot be written.
     """
-    with replacing(model_dir / CONFIG_FILE) as file:
+    with replacing(os.path.join(model_dir, CONFIG_FILE)) as file:
         file.write("# The settings of the latest training run here. A record: nothing reads it back.\n" + resolved)
-    with replacing(model_dir / ENVIRONMENT_FILE) as file:
+    with replacing(os.path.join(model_dir, ENVIRONMENT_FILE)) as file:
         json.dump(environment, file, indent=2)
         file.write("\n")
 
@@ -64,12 +68,19 @@ def _version(package: str) -> str | None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replacing(name: str) -> Iterator[TextIO]:
     """Opens a file for writing that takes its name when it is complete; its folder is made.
+
+    Args:
+      name: its path, or its address.
 
     Raises:
       ConfigError: the folder cannot be made or written.
     """
+    if is_remote(name):
+        yield from _replacing_remote(name)
+        return
+    path = Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
@@ -85,3 +96,14 @@ def replacing(path: Path) -> Iterator[TextIO]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _replacing_remote(address: str) -> Iterator[TextIO]:
+    text = io.StringIO()
+    yield text
+    try:
+        with fsspec.open(address, "wb") as file:
+            file.write(text.getvalue().encode())  # type: ignore[union-attr]
+    except Exception as error:
+        raise ConfigError(f"{address} cannot be written: {type(error).__name__}: {error}. Give a place that you may "
+                          "write, model_dir=DIR.") from error

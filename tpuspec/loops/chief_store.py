@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 
+from tpuspec.checkpoint.folder import Location
+from tpuspec.checkpoint.location import resolve
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.spec.coordinator import Coordinator
@@ -38,10 +39,10 @@ class ChiefStore(CheckpointStore):
         if self._coordinator.is_chief:
             self._store.check_writable()
 
-    def latest(self) -> Path | None:
+    def latest(self) -> Location | None:
         path = self._store.latest() if self._coordinator.is_chief else None
         shared = self._coordinator.share(None if path is None else str(path))
-        return None if shared is None else Path(shared)
+        return None if shared is None else resolve(shared)
 
     def read_step(self, path: str | os.PathLike[str]) -> int:
         return self._coordinator.share(self._store.read_step(path) if self._coordinator.is_chief else 0)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tpuspec.summary.jsonl import JsonlWriter
+from tpuspec.summary.remote import RemoteTensorBoardWriter
 from tpuspec.summary.tensorboard import TensorBoardWriter
 from tpuspec.summary.writer import SummaryWriter
 
@@ -76,5 +77,5 @@ def create_file_writer(logdir: str | os.PathLike[str]) -> SummaryWriter:
     """
     folder = os.fspath(logdir)
     if "://" in folder:
-        return MultiWriter([TensorBoardWriter(folder)])
+        return MultiWriter([RemoteTensorBoardWriter(folder)])
     return MultiWriter([TensorBoardWriter(folder), JsonlWriter(folder)])

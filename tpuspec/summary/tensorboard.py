@@ -25,12 +25,11 @@ class TensorBoardWriter:
     """Writes event files into `logdir`; nothing is imported or created before the first write.
 
     Args:
-      logdir: folder; made when it is missing. An fsspec address such as gs://bucket/run will do.
+      logdir: folder; made when it is missing.
     """
 
     def __init__(self, logdir: str | os.PathLike[str]) -> None:
-        folder = os.fspath(logdir)
-        self.logdir = folder if "://" in folder else os.path.abspath(folder)
+        self.logdir = os.path.abspath(logdir)
         self._lock = threading.Lock()
         self._writer: TorchSummaryWriter | None = None
 
@@ -83,7 +82,7 @@ class TensorBoardWriter:
                 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
                 self._writer = TorchSummaryWriter(self.logdir, max_queue=_QUEUED_EVENTS)
-            elif "://" not in self.logdir and not os.path.isdir(self.logdir):
+            elif not os.path.isdir(self.logdir):
                 # Found here, before the file's thread fails: it would print a traceback, and raise some writes later.
                 raise FileNotFoundError(errno.ENOENT, "the log folder was deleted", self.logdir)
             return self._writer

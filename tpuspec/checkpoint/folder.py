@@ -1,0 +1,163 @@
+"""What a store of checkpoints needs of the place where they lie: a local folder, or an address of fsspec."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Location = Path | str
+"""A local folder, or an address such as gs://bucket/run, which Path would spoil."""
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})", re.ASCII)
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Turns the exceptions of a file system's own client into OSError, of which callers know."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+class InUseError(OSError):
+    """A folder is being read, or written, by somebody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What went into a file: its bytes, and their CRC-32."""
+
+    size: int
+    crc32: int
+
+
+WriteFile = Callable[[str, Iterable[bytes | memoryview]], Written]
+"""Makes a file of a name and of chunks of bytes, and returns when it is stored; raises OSError."""
+
+
+class OpenFile(Protocol):
+    """A file that is read from its start."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def part_bytes(self) -> int:
+        """How many to read at a time."""
+        ...
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads the next bytes into a buffer and returns their number; 0 at the end."""
+        ...
+
+
+class Folder(Protocol):
+    """A checkpoint that is being read: all of one commit, which no retention deletes meanwhile."""
+
+    @property
+    def location(self) -> Location:
+        """Where it lies, for messages."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Returns a file's size; -1 where there is none."""
+        ...
+
+    def identity(self, name: str) -> Hashable:
+        """Returns what changes when a file is written again."""
+        ...
+
+    def open(self, name: str) -> AbstractContextManager[OpenFile]:
+        """Opens a file.
+
+        Raises:
+          FileNotFoundError: there is none.
+          OSError: it cannot be read, or is no regular file.
+        """
+        ...
+
+
+class Storage(Protocol):
+    """The folders checkpoint-<step> of one model_dir, each of which appears whole or not at all."""
+
+    @property
+    def location(self) -> Location:
+        """Where model_dir lies."""
+        ...
+
+    @property
+    def reads_back(self) -> bool:
+        """Whether what was just written is read again before older checkpoints may go."""
+        ...
+
+    def path(self, name: str) -> Location:
+        """Returns the location of one of them."""
+        ...
+
+    def names(self) -> list[str]:
+        """Returns the names of the committed ones; [] without model_dir.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Returns the space that is left; None where there is no such bound."""
+        ...
+
+    def commit(self, name: str, write: Callable[[WriteFile], None]) -> None:
+        """Makes one, in place of one of that name; at every moment the old or the new is whole.
+
+        Args:
+          name: of the folder.
+          write: writes the files; the last one is the manifest.
+
+        Raises:
+          OSError: it could not be written; what was there is untouched.
+        """
+        ...
+
+    def discard(self, name: str) -> None:
+        """Deletes one: first what makes it a checkpoint, then its files, so that half of one is never listed.
+
+        Raises:
+          InUseError: somebody reads it.
+          OSError: it does not exist, or cannot be deleted.
+        """
+        ...
+
+    def check_writable(self) -> None:
+        """Makes model_dir and proves that it can be written.
+
+        Raises:
+          OSError, ValueError: it cannot.
+        """
+        ...
+
+    def sweep(self) -> None:
+        """Mends what a killed writer left.
+
+        Raises:
+          OSError: it cannot.
+        """
+        ...
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Makes this process the one writer.
+
+        Raises:
+          CheckpointError: another one writes; names it.
+        """
+        ...
