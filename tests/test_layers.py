@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"errors", "config", "spec"}
+BASE = {"errors", "config", "precision", "spec"}
 MIDDLE = {"runtime", "data", "host", "summary", "checkpoint", "export"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
-    "spec": {"errors"},
+    "precision": {"errors"},
+    "config": {"errors", "precision"},
+    "spec": {"errors", "precision"},
     "metrics": {"errors", "spec"},
     "arguments": BASE,
     **{layer: BASE for layer in MIDDLE},

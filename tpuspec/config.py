@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Self, Union
 
 from tpuspec.errors import ConfigError
+from tpuspec.precision import parse_precision
 
 DEFAULT_SAVE_CHECKPOINTS_SECS = 600
 DEFAULT_COMPILE_CACHE = "default"
@@ -177,6 +178,8 @@ class RunConfig:
       log_step_count_steps: steps between progress lines and throughput summaries; None for none.
       tpu_config: a TPUConfig.
       capture: a CaptureMode, or its name.
+      precision: a Precision, or its name: fp32, bf16 or bf16-mixed; None leaves dtypes as the model and the input have
+        them.
       prefetch_batches: host batches made ready ahead, on a thread, where drawing one takes long; 0 for none.
       compile_cache: folder for compiled programs that later runs need not compile again; 'default' is tpuspec/xla in
         the user's cache folder, None keeps none. XLA:CPU cannot read programs back, and goes without.
@@ -210,6 +213,7 @@ class RunConfig:
     log_step_count_steps: int | None = 100
     tpu_config: TPUConfig = field(default_factory=TPUConfig)
     capture: Any = CaptureMode.auto
+    precision: Any = None
     prefetch_batches: int = 2
     compile_cache: str | None = DEFAULT_COMPILE_CACHE
     audit_every_steps: int = 1000
@@ -234,6 +238,7 @@ class RunConfig:
         if self.model_dir is not None:
             self.model_dir = _path(self.model_dir)
         self.capture = _capture_mode(self.capture)
+        self.precision = parse_precision(self.precision)
         validate(self)
 
     @property
@@ -316,6 +321,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"audit_every_steps must be a positive int; got {config.audit_every_steps!r}.")
     if not _is_int(config.host_queue_size) or config.host_queue_size < 1:
         raise ConfigError(f"host_queue_size must be a positive int; got {config.host_queue_size!r}.")
+    parse_precision(config.precision)
     if not isinstance(config.tpu_config, TPUConfig):
         raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
     if not isinstance(config.show_progress, bool):

@@ -350,7 +350,7 @@ class Trainer:
             backend = select(self._config, use_tpu=on_xla)
             if not self._sessions:
                 self._seed = backend.coordinator.share(self._seed)
-            self._sessions[on_xla] = Session(backend, source, seed=self._seed)
+            self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
         return self._sessions[on_xla]
 
     def _agreed_step(self) -> int:

@@ -62,3 +62,20 @@ def test_each_dtype_and_every_full_bucket_is_a_message_of_its_own(monkeypatch):
 
 def test_nothing_is_sent_for_an_optimizer_without_parameters():
     sum_gradients([], lambda flat: 1 / 0, scale=1.0)
+
+
+def test_halves_are_summed_as_float32_and_keep_their_dtype():
+    sent = []
+    grads = [torch.tensor([256.0, 1.0], dtype=torch.bfloat16), None]
+    made = parameters(*grads)
+    made[1].data = made[1].data.bfloat16()
+
+    def all_reduce(flat):
+        sent.append(flat.dtype)
+        flat *= 3
+
+    sum_gradients(made, all_reduce, scale=1 / 3)
+    assert sent == [torch.float32]
+    assert made[0].grad.dtype is torch.bfloat16
+    assert made[0].grad.tolist() == [256.0, 1.0]
+    assert made[1].grad is None

@@ -20,6 +20,7 @@ from tpuspec.data.share import Share, is_map_style
 from tpuspec.data.source import raw_batches
 from tpuspec.data.structure import BatchChecker, count_rows, to_host_batch
 from tpuspec.errors import InputError
+from tpuspec.precision import cast_tensor
 from tpuspec.spec.backend import Topology
 from tpuspec.spec.functions import call_by_name, check_input_fn
 from tpuspec.spec.mode import ModeKeys
@@ -146,6 +147,7 @@ class _Feed:
     def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any],
                  start: Position | None) -> None:
         self._call = call
+        self._precision = settings.config.precision
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
         self._is_training = settings.mode is ModeKeys.TRAIN
@@ -224,10 +226,11 @@ class _Feed:
         batch = to_host_batch(element)
         if self._drops_labels:
             batch = Batch(features=batch.features)
+        num_real = count_rows(batch) if self._checker is None else self._checker.check(batch)
+        if self._precision is not None:
+            batch = batch.map(lambda tensor: cast_tensor(tensor, self._precision))
         self._last = batch
         if self._checker is None:
-            num_rows = count_rows(batch)
-            return batch, row_mask(num_rows, num_rows)
-        num_real = self._checker.check(batch)
+            return batch, row_mask(num_real, num_real)
         assert self._call.batch_size is not None
         return pad_batch(batch, self._call.batch_size), row_mask(num_real, self._call.batch_size)

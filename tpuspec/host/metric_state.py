@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from tpuspec.errors import SpecError, SpecTypeError
+from tpuspec.precision import for_host
 from tpuspec.spec.estimator_spec import check_metric_value
 
 # Reductions of a metric's states that are exact whatever the number of updates behind each.
@@ -146,7 +147,7 @@ class _Mean:
 def to_plain(value: Any) -> Any:
     """Turns tensors into Python numbers (rank 0) or numpy arrays; keeps dicts, tuples and lists."""
     if isinstance(value, Tensor):
-        return value.item() if value.ndim == 0 else value.detach().cpu().numpy()
+        return value.item() if value.ndim == 0 else for_host(value.detach().cpu()).numpy()
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if hasattr(value, "_fields"):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tpuspec import summary
@@ -19,6 +18,7 @@ from tpuspec.host.drain import Drain, DrainedStep
 from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import run_host_function
+from tpuspec.precision import for_host
 from tpuspec.spec.backend import Backend, CompiledStep
 from tpuspec.summary.writer import SummaryWriter
 
@@ -131,4 +131,4 @@ def single_examples(predictions: Any) -> Iterator[Any]:
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     """Returns the values as an array; bfloat16, which numpy does not have, as float32."""
-    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).detach().numpy()
+    return for_host(tensor.detach()).numpy()

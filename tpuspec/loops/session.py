@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,12 @@ from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
 from tpuspec.loops.random_state import collect_positions
+from tpuspec.precision import Precision, cast_module
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +104,7 @@ class Session:
       tried_metrics: metric functions that the rehearsal has tried on zeros, with their shapes.
     """
 
-    def __init__(self, backend: Backend, source: ModelSource, *, seed: int) -> None:
+    def __init__(self, backend: Backend, source: ModelSource, *, seed: int, precision: Precision | None = None) -> None:
         self.backend = backend
         self.global_step = 0
         self.has_state = False
@@ -112,7 +116,8 @@ class Session:
         self._num_lent = 0
         self._schedules: LearningRateSchedules | None = None
         backend.seed(seed)
-        self.replicas: list[Replica] = backend.place(source.build_model())
+        module = source.build_model()
+        self.replicas: list[Replica] = backend.place(None if module is None else cast_module(module, precision))
 
     @property
     def module(self) -> nn.Module | None:
@@ -258,6 +263,7 @@ class Session:
         """
         if self.module is not None and scaffold.restore is None:
             check_fits(self.module, state.model)
+            _tell_of_dtypes(self.module, state.model)
         names = set(self.replicas[0].optimizers)
         if names != set(state.optimizers):
             raise CheckpointError(f"Restoring from checkpoint failed: it holds the optimizers "
@@ -280,6 +286,16 @@ class Session:
         for replica in self.replicas:
             with torch.no_grad():
                 replica.global_step.copy_(torch.tensor([step]))
+
+
+def _tell_of_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Warns where a checkpoint was written in another precision: the run goes on, but not with the same bits."""
+    own = module.state_dict()
+    cast = sorted({(str(tensor.dtype), str(own[name].dtype)) for name, tensor in tensors.items()
+                   if isinstance(own[name], Tensor) and own[name].dtype != tensor.dtype})
+    if cast:
+        logger.warning("the checkpoint was written in another precision: its weights are cast, %s. The optimizer's "
+                       "state goes with them.", ", ".join(f"{old} -> {new}" for old, new in cast))
 
 
 def _own(fetched: Any, read: Any) -> Any:

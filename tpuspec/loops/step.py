@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpuspec.config import RunConfig
 from tpuspec.errors import SpecError, SpecTypeError, SpecUsageError
+from tpuspec.precision import computing
 from tpuspec.spec.backend import Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.functions import call_by_name
@@ -55,10 +56,11 @@ class ModelFnCall:
         if self.mode is ModeKeys.TRAIN and replica.optimizers:
             optimizers = replica.optimizers.get("", replica.optimizers)
         # A clone: what model_fn keeps of it must hold the value before this step's update.
-        spec = call_by_name(self.model_fn, {
-            "features": batch.features, "labels": None if self.mode is ModeKeys.PREDICT else batch.labels,
-            "mode": self.mode, "params": copy.deepcopy(dict(self.params)), "config": copy.deepcopy(self.config),
-            "model": replica.model, "optimizer": optimizers, "global_step": replica.global_step.clone()})
+        with computing(self.config.precision, replica.device):
+            spec = call_by_name(self.model_fn, {
+                "features": batch.features, "labels": None if self.mode is ModeKeys.PREDICT else batch.labels,
+                "mode": self.mode, "params": copy.deepcopy(dict(self.params)), "config": copy.deepcopy(self.config),
+                "model": replica.model, "optimizer": optimizers, "global_step": replica.global_step.clone()})
         self._check(spec)
         return spec
 
@@ -145,7 +147,8 @@ class TrainStep:
     def _run_train_op(self, spec: Spec, replica: Replica, micro_step: int) -> bool:
         train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
         if not isinstance(train_op, TrainOp):
-            train_op()
+            with computing(self.call.config.precision, replica.device):  # it may compute more, as a GAN does
+                train_op()
             return True
         check_optimizer(train_op, replica, self.call.num_replicas)
         is_update = train_op.run(micro_step)

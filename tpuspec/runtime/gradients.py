@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tpuspec.precision import reduction_dtype
+
 _BUCKET_BYTES = 32 << 20
 
 
 def sum_gradients(parameters: Sequence[Tensor], all_reduce: Callable[[Tensor], None], *, scale: float) -> None:
     """Replaces each gradient by its sum over all processes, times `scale`.
 
-    A parameter without a gradient on some processes counts as zeros there; without one on all, it stays so.
+    A parameter without a gradient on some processes counts as zeros there; without one on all, it stays so. Halves are
+    summed as float32.
 
     Args:
       parameters: the same ones in the same order on every process.
@@ -25,9 +28,10 @@ def sum_gradients(parameters: Sequence[Tensor], all_reduce: Callable[[Tensor], N
     for bucket in _buckets(parameters):
         first = bucket[0]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in bucket]
+        dtype = reduction_dtype(first.dtype)
         # How many processes have each gradient travels with them, exact in every dtype for the sizes of clusters.
-        present = torch.tensor([float(p.grad is not None) for p in bucket], dtype=first.dtype, device=first.device)
-        flat = torch.cat([present, *(gradient.reshape(-1) for gradient in gradients)])
+        present = torch.tensor([float(p.grad is not None) for p in bucket], dtype=dtype, device=first.device)
+        flat = torch.cat([present, *(gradient.reshape(-1).to(dtype) for gradient in gradients)])
         all_reduce(flat)
         counts = flat[:len(bucket)].tolist() if any(p.grad is None for p in bucket) else [1.0] * len(bucket)
         place = len(bucket)
@@ -35,7 +39,7 @@ def sum_gradients(parameters: Sequence[Tensor], all_reduce: Callable[[Tensor], N
             size = parameter.numel()
             if count:
                 summed = flat[place:place + size].view(parameter.shape)
-                parameter.grad = summed if scale == 1.0 else summed.mul_(scale)
+                parameter.grad = (summed if scale == 1.0 else summed.mul_(scale)).to(parameter.dtype)
             place += size
 
 

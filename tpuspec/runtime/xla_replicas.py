@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.precision import reduction_dtype
 from tpuspec.runtime import graph
 from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.capture import CapturedStep
@@ -199,13 +200,15 @@ class XlaReplicas:
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]
                       if parameter.grad is not None]
-        # Copies: the reduction in place would not see what was added to a gradient in place before.
-        gradients = [parameter.grad.detach().clone() for parameter in parameters]
+        # Copies: the reduction in place would not see what was added to a gradient in place before. Halves are summed
+        # as float32, which XLA:CPU needs, and which keeps the bits that many replicas would lose.
+        gradients = [parameter.grad.detach().to(reduction_dtype(parameter.grad.dtype), copy=True)
+                     for parameter in parameters]
         scale = 1.0 / self.topology.num_replicas if reduction == "mean" else 1.0
         # As xm.optimizer_step, which asks once in a process for the number of replicas, and keeps the answer.
         xm.all_reduce(xm.REDUCE_SUM, gradients, scale=scale, groups=self._groups)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.to(parameter.grad.dtype)
         # What is read from here on would wait for replicas that are not launched yet.
         graph.allow_execution(False)
         optimizer.step()

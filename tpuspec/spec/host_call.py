@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tpuspec.errors import SpecError, SpecTypeError, SpecUsageError
+from tpuspec.precision import for_host
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,10 @@ def check_host_tensors(name: str, tensors: HostTensors, *, batch_size: int | Non
                 f"{name} tensor {key!r} must be batch-major, [{batch_size}, ...]; got shape {list(tensor.shape)}.")
 
 
+def _for_host(value: Any) -> Any:
+    return for_host(value.detach()) if isinstance(value, Tensor) else value
+
+
 def check_keywords(name: str, fn: Callable[..., Any], tensors: HostTensors) -> None:
     """Checks that `fn` can be called with the dict of `tensors`, without calling it.
 
@@ -125,14 +130,16 @@ def check_keywords(name: str, fn: Callable[..., Any], tensors: HostTensors) -> N
 def call_host_function(name: str, fn: Callable[..., Any], tensors: HostTensors) -> Any:
     """Calls `fn` with tensors by position (list) or by keyword (dict), and returns what it returns.
 
+    Tensors come without their autograd history; those of a dtype that numpy does not have, as bfloat16, as float32.
+
     Raises:
       TypeError: the function's own, unchanged, after a warning that names the call: the keys of a dict may not be the
         function's parameters.
     """
     if not isinstance(tensors, Mapping):
-        return fn(*tensors)
+        return fn(*map(_for_host, tensors))
     try:
-        return fn(**tensors)
+        return fn(**{key: _for_host(tensor) for key, tensor in tensors.items()})
     except TypeError as error:
         logger.warning("Exception while calling %s: %s. It is likely that the tensors %s do not match the function's "
                        "parameters.", name, error, sorted(tensors))

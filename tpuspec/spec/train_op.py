@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpuspec.errors import ConfigError, ConfigTypeError, SpecTypeError
+from tpuspec.precision import updating
 
 REDUCTIONS = ("mean", "sum")
 
@@ -81,6 +82,7 @@ class CrossShardOptimizer:
         Outside a step of the Trainer it is a plain `optimizer.step()`.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(updating(self.optimizer.param_groups[0]["params"][0].device))
             if clip_grad_norm is not None:
                 # A pre-hook of step() runs after the reduction: clipping each replica's share would bias the norm.
                 handle = self.optimizer.register_step_pre_hook(
