@@ -63,6 +63,19 @@ def check_batch_sizes(config: RunConfig, *, train: int | None, evaluate: int | N
         check_positive_int("predict_batch_size", predict)
 
 
+def batch_size_of(mode: str, size: int | None) -> int | None:
+    """Returns the batch size of a mode; an int of numpy's as one of Python's.
+
+    Raises:
+      ConfigTypeError: not an int.
+      ConfigError: zero or negative.
+    """
+    if size is None:
+        return None
+    check_positive_int(f"the batch size of mode {str(mode)!r}", size)
+    return int(size)
+
+
 def check_positive_int(name: str, value: object) -> None:
     """Checks a count.
 

@@ -50,7 +50,8 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
         scheduler=functions.scheduler, model_dir=settings.model_dir, config=run_config(settings),
         params=settings.params, use_tpu=settings.use_tpu,
         train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
-        predict_batch_size=settings.predict_batch_size, eval_on_tpu=settings.eval_on_tpu)
+        predict_batch_size=settings.predict_batch_size, batch_axis=settings.batch_axis,
+        eval_on_tpu=settings.eval_on_tpu)
     if settings.mode in (Mode.evaluate, Mode.predict) and trainer.latest_checkpoint() is None:
         raise ConfigError(f"mode={settings.mode.name} needs a checkpoint, and model_dir {settings.model_dir} holds "
                           "none. Train first, or give the folder of a training run, model_dir=DIR.")

@@ -19,6 +19,7 @@ from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import LoopLength, RunConfig
+from tpuspec.data.batch_axis import BatchAxis
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.errors import ConfigError
@@ -65,6 +66,7 @@ class Trainer:
       params: values for the user's functions; 'batch_size' and 'context' are reserved.
       use_tpu: XLA devices if true; plain PyTorch on the CPU if not.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes, rows over all replicas.
+      batch_axis: the axis of the rows in the input's tensors; see `tpuspec.data.batch_axis.BatchAxis`.
       eval_on_tpu: False evaluates on the plain CPU.
 
     Raises:
@@ -79,7 +81,7 @@ class Trainer:
             model_dir: str | os.PathLike[str] | None = None, config: RunConfig | None = None,
             params: Mapping[str, Any] | None = None, use_tpu: bool = True,
             train_batch_size: int | None = None, eval_batch_size: int | None = None,
-            predict_batch_size: int | None = None, eval_on_tpu: bool = True) -> None:
+            predict_batch_size: int | None = None, batch_axis: Any = None, eval_on_tpu: bool = True) -> None:
         checked = arguments.check_config(config)
         arguments.check_params(params)
         if use_tpu:
@@ -92,6 +94,7 @@ class Trainer:
         arguments.check_factories(model, optimizer, scheduler)
         self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
                              ModeKeys.PREDICT: predict_batch_size}
+        self._batch_axis = BatchAxis(batch_axis)
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
         self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params)
@@ -377,13 +380,10 @@ class Trainer:
         return AgreedSavePolicy(session.backend.coordinator, steps, seconds)
 
     def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
-        size = self._batch_sizes[mode]
-        if size is not None:
-            arguments.check_positive_int(f"the batch size of mode {str(mode)!r}", size)
-            size = int(size)  # numpy's ints are not torch's
         return Preparation(
             model_fn=self._model_fn, params=self._params, config=self._config, session=session, mode=mode,
-            global_batch_size=size, on_xla=on_xla, seed=self._seed)
+            global_batch_size=arguments.batch_size_of(mode, self._batch_sizes[mode]), on_xla=on_xla,
+            seed=self._seed, batch_axis=self._batch_axis)
 
     def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold,
                  ) -> contextlib.AbstractContextManager[str | None]:

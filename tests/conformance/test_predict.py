@@ -54,6 +54,16 @@ def test_pred_01_one_batch_in_the_place_of_an_input_is_refused(tmp_path, use_tpu
         next(echo_trainer(tmp_path, use_tpu=use_tpu).predict(lambda params: (torch.ones(2, 1), torch.ones(2, 1))))
 
 
+@both_paths
+def test_pred_01_better_batch_axis_serves_in_predict_too(tmp_path, use_tpu):
+    """TPUEstimator refuses it there, with a TypeError."""
+    def transposed(features, mode, params):
+        return TPUEstimatorSpec(mode, predictions={"x": features.T * 1})
+
+    trainer = echo_trainer(tmp_path, transposed, use_tpu=use_tpu, batch_axis=1)
+    assert values(trainer.predict(lambda params: [part.T for part in numbers(5)(params)])) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("reduced", [lambda x: x.mean(), lambda x: x[:1]], ids=["scalar", "short"])
 def test_pred_02_predictions_must_have_the_batchs_rows_and_the_key_is_named(tmp_path, reduced):
     def model_fn(features, mode, params):

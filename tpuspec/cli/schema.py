@@ -59,6 +59,7 @@ class TrainConfig:
         done.
       params: the Trainer's params; data only.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes.
+      batch_axis: the axis of the rows in the input's tensors, as the Trainer takes it; None is axis 0.
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
       device: 'cpu' or 'cuda': plain PyTorch there, which sets use_tpu to false; None leaves it to use_tpu.
       quiet: whether to print results only.
@@ -78,6 +79,7 @@ class TrainConfig:
     train_batch_size: int | None = None
     eval_batch_size: int | None = None
     predict_batch_size: int | None = None
+    batch_axis: Any = None
     use_tpu: bool = True
     eval_on_tpu: bool = True
     device: str | None = None

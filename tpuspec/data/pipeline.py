@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from tpuspec.config import RunConfig
+from tpuspec.data.batch_axis import BatchAxis, rows_to_axes
 from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
@@ -58,6 +60,7 @@ class InputSettings:
       seed: of the shuffle.
       starts: where each call of input_fn stood in an earlier training; None at the first.
       strict_start: whether a start that cannot be gone back to is an error; else the input begins anew.
+      batch_axis: where the rows of each tensor are.
     """
 
     input_fn: Callable[..., Any]
@@ -71,6 +74,7 @@ class InputSettings:
     seed: int = 0
     starts: list[Position] | None = None
     strict_start: bool = True
+    batch_axis: BatchAxis = field(default_factory=BatchAxis)
 
 
 class InputPipeline:
@@ -176,6 +180,9 @@ class _Feed:
             self._checker = BatchChecker(
                 batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN,
                 may_be_empty=share is not None and is_map_style(source))
+        self._batch_axis, self._axes = settings.batch_axis, {}
+        # A Dataset's rows are collated along axis 0; other inputs yield batches as they are to be.
+        self._is_collated = isinstance(source, Dataset)
         self._last: Batch | None = None
 
     def position(self) -> Position:
@@ -201,7 +208,7 @@ class _Feed:
         if self._broadcast:
             return batches * call.num_replicas, masks[0]
         if call.splits:
-            batches = split_rows(batches[0], call.num_replicas)
+            batches = split_rows(batches[0], call.num_replicas, self._axes)
         return batches, torch.cat(masks)
 
     def padding(self) -> tuple[list[Batch], torch.Tensor]:
@@ -211,26 +218,34 @@ class _Feed:
         parts = [self._padding() for _ in range(self._call.batches_per_step)]
         batches = [batch for batch, _ in parts]
         if self._call.splits:
-            batches = split_rows(batches[0], self._call.num_replicas)
+            batches = split_rows(batches[0], self._call.num_replicas, self._axes)
         return batches, torch.cat([mask for _, mask in parts])
 
     def _padding(self) -> tuple[Batch, torch.Tensor]:
         assert self._last is not None and self._call.batch_size is not None
-        return padding_like(self._last, self._call.batch_size), row_mask(0, self._call.batch_size)
+        return padding_like(self._last, self._call.batch_size, self._axes), row_mask(0, self._call.batch_size)
 
     def _draw_one(self) -> tuple[Batch, torch.Tensor] | None:
         try:
             element = next(self._iterator)
         except StopIteration:
             return None
-        batch = to_host_batch(element)
+        batch = self._with_axes(to_host_batch(element))
         if self._drops_labels:
             batch = Batch(features=batch.features)
-        num_real = count_rows(batch) if self._checker is None else self._checker.check(batch)
+        num_real = count_rows(batch, self._axes) if self._checker is None else self._checker.check(batch, self._axes)
         if self._precision is not None:
             batch = batch.map(lambda tensor: cast_tensor(tensor, self._precision))
         self._last = batch
         if self._checker is None:
             return batch, row_mask(num_real, num_real)
         assert self._call.batch_size is not None
-        return pad_batch(batch, self._call.batch_size), row_mask(num_real, self._call.batch_size)
+        return pad_batch(batch, self._call.batch_size, self._axes), row_mask(num_real, self._call.batch_size)
+
+    def _with_axes(self, batch: Batch) -> Batch:
+        """Notes where the rows of each tensor are, and brings them there if they were collated here."""
+        if self._batch_axis.is_first:
+            return batch
+        if self._checker is None or self._last is None:  # later ones must be like the first
+            self._axes = self._batch_axis.axes(batch)
+        return rows_to_axes(batch, self._axes) if self._is_collated else batch

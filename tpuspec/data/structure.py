@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.utils import _pytree as pytree
 from tpuspec.errors import InputError, InputTypeError
 from tpuspec.spec.results import Batch
 
-Rows = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Rows = dict[str, tuple[tuple[int | str, ...], torch.dtype]]
+
+Axes = Mapping[str, int]
+"""The axis that holds the rows, by the name of a tensor; 0 where it is not named."""
 
 
 def split_labels(element: Any) -> tuple[Any, Any]:
@@ -67,7 +71,8 @@ def _to_tensor(name: str, leaf: object) -> Tensor:
     raise InputTypeError(f"{name} must be a tensor or an array [batch, ...]; got {type(leaf).__name__}.")
 
 
-def _named_leaves(batch: Batch) -> dict[str, Tensor]:
+def named_leaves(batch: Batch) -> dict[str, Tensor]:
+    """Returns every tensor by its name, such as "features['x']", features first."""
     named = {}
     for kind, tree in (("features", batch.features), ("labels", batch.labels)):
         if tree is not None:
@@ -76,26 +81,45 @@ def _named_leaves(batch: Batch) -> dict[str, Tensor]:
     return named
 
 
-def count_rows(batch: Batch) -> int:
-    """Returns the rows of a batch: the size of axis 0 of every tensor.
+def map_named(batch: Batch, fn: Callable[[str, Tensor], Tensor]) -> Batch:
+    """Returns a batch of the same nesting with `fn` applied to every name and tensor."""
+    def map_tree(kind: str, tree: Any) -> Any:
+        return pytree.tree_map_with_path(lambda path, leaf: fn(kind + pytree.keystr(path), leaf), tree)
+
+    return Batch(features=map_tree("features", batch.features),
+                 labels=None if batch.labels is None else map_tree("labels", batch.labels))
+
+
+def count_rows(batch: Batch, axes: Axes | None = None) -> int:
+    """Returns the rows of a batch: the size of axis 0, or that of `axes`, of every tensor.
 
     Raises:
       InputError: a scalar, or tensors of different numbers of rows; names the key.
     """
-    leaves = _named_leaves(batch)
-    first_name, first = next(iter(leaves.items()))
+    leaves, axes = named_leaves(batch), axes or {}
+    first_name = next(iter(leaves))
+    num_rows: int | None = None
     for name, leaf in leaves.items():
-        if leaf.ndim == 0:
-            raise InputError(f"{name} must be batch-major, [batch, ...]; got a scalar.")
-        if leaf.shape[0] != first.shape[0]:
-            raise InputError(f"{name} must be batch-major with the rows of {first_name}, {first.shape[0]}; got "
-                             f"shape {list(leaf.shape)}.")
-    return first.shape[0]
+        axis = axes.get(name, 0)
+        if leaf.ndim <= axis:
+            got = "a scalar" if leaf.ndim == 0 else f"shape {list(leaf.shape)}"
+            rule = f"have its rows on axis {axis}" if axis else "be batch-major, [batch, ...]"
+            raise InputError(f"{name} must {rule}; got {got}.")
+        num_rows = leaf.shape[axis] if num_rows is None else num_rows
+        if leaf.shape[axis] != num_rows:
+            rule = f"have, on axis {axis}," if axis else "be batch-major with"
+            raise InputError(f"{name} must {rule} the rows of {first_name}, {num_rows}; got shape "
+                             f"{list(leaf.shape)}." + ("" if axes else " Rows on another axis need batch_axis."))
+    assert num_rows is not None, "features have a tensor"
+    return num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What must not change from batch to batch: names with row shapes and dtypes, and the nesting."""
+    """What must not change from batch to batch: names with shapes and dtypes, and the nesting.
+
+    A shape has 'batch' in the place of the rows.
+    """
 
     rows: Rows
     nesting: tuple[Any, Any]
@@ -117,17 +141,21 @@ class BatchChecker:
         self._first: Signature | None = None
         self._short: int | None = None
 
-    def check(self, batch: Batch) -> int:
+    def check(self, batch: Batch, axes: Axes | None = None) -> int:
         """Returns the number of rows of a batch.
+
+        Args:
+          batch: of host tensors.
+          axes: where the rows are.
 
         Raises:
           InputError: not batch-major, too many or too few rows, rows after a short batch, or another structure, shape
             or dtype than the first batch's; names the key, old and new.
         """
-        num_rows = count_rows(batch)
-        leaves = _named_leaves(batch)
+        num_rows = count_rows(batch, axes)
         signature = Signature(
-            rows={name: (tuple(leaf.shape[1:]), leaf.dtype) for name, leaf in leaves.items()},
+            rows={name: (_with_rows(leaf, (axes or {}).get(name, 0)), leaf.dtype)
+                  for name, leaf in named_leaves(batch).items()},
             nesting=(pytree.tree_structure(batch.features), pytree.tree_structure(batch.labels)))
         if self._first is None:
             self._first = signature
@@ -164,12 +192,16 @@ def _difference(first: Signature, now: Signature) -> str:
     for name, (shape, dtype) in first.rows.items():
         new_shape, new_dtype = now.rows[name]
         if shape != new_shape:
-            return (f"{rule}, [batch, ...] of static shape; {name} changed from [batch, {_join(shape)}] to "
-                    f"[batch, {_join(new_shape)}]. Pad to one shape in input_fn.")
+            return (f"{rule}, [batch, ...] of static shape; {name} changed from [{_join(shape)}] to "
+                    f"[{_join(new_shape)}]. Pad to one shape in input_fn.")
         if dtype != new_dtype:
             return f"{rule}; {name} changed from {dtype} to {new_dtype}."
     return f"{rule}; the nesting, or the order of a dict's keys, changed from {first.nesting} to {now.nesting}."
 
 
-def _join(shape: tuple[int, ...]) -> str:
+def _with_rows(tensor: Tensor, axis: int) -> tuple[int | str, ...]:
+    return (*tensor.shape[:axis], "batch", *tensor.shape[axis + 1:])
+
+
+def _join(shape: tuple[int | str, ...]) -> str:
     return ", ".join(map(str, shape))

@@ -169,7 +169,8 @@ class AgreedInput(InputEnd):
         return batch.rows.mask.reshape(len(batch.replicas), -1).sum(1).tolist()
 
     def _rows(self, batch: HostBatch, answers: list[list[int] | None]) -> StepRows:
-        size = batch.replicas[0].tensors()[0].shape[0]
+        size = self._plan.replica_batch_size
+        assert size is not None, "several hosts have one, as on XLA"
         per_host = self._topology.num_replicas_per_host
         counts = [count for answer in answers for count in (answer if answer is not None else [0] * per_host)]
         mask = (torch.arange(size) < torch.tensor(counts)[:, None]).reshape(-1)

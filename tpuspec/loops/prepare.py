@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tpuspec.config import RunConfig
+from tpuspec.data.batch_axis import BatchAxis
 from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
@@ -68,15 +69,18 @@ class Preparation:
       global_batch_size: rows of one step.
       on_xla: whether the session runs on XLA.
       seed: of a Dataset's shuffle.
+      batch_axis: where the rows of each tensor of the input are.
 
     Raises:
       ConfigError: the batch size is missing or does not fit the replicas.
     """
 
     def __init__(self, *, model_fn: Callable[..., Any], params: Mapping[str, Any], config: RunConfig, session: Session,
-                 mode: ModeKeys, global_batch_size: int | None, on_xla: bool, seed: int) -> None:
+                 mode: ModeKeys, global_batch_size: int | None, on_xla: bool, seed: int,
+                 batch_axis: BatchAxis | None = None) -> None:
         self._model_fn, self._params, self._config = model_fn, params, config
         self._session, self._mode, self._on_xla, self._seed = session, mode, on_xla, seed
+        self._batch_axis = batch_axis or BatchAxis()
         topology = session.backend.topology
         # Several hosts bring host tensors together as XLA's replicas do, so that metric_fn sees all rows.
         self._is_joined = on_xla or topology.num_hosts > 1
@@ -101,7 +105,7 @@ class Preparation:
         settings = InputSettings(
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
-            seed=self._seed, starts=starts, strict_start=strict_start)
+            seed=self._seed, starts=starts, strict_start=strict_start, batch_axis=self._batch_axis)
         batches, input_end = agreed_input(
             lambda: InputPipeline(settings), backend.coordinator, self.plan, backend.topology, mode)
         try:
