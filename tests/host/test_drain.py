@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ from tpuspec.errors import DeviceError, HostCallError, InputError
 from tpuspec.host.drain import Drain, DrainedStep, join_micro_steps
 from tpuspec.host.executor import HostExecutor
 from tpuspec.spec.results import HostFunctions, StepOutput, StepRows
-from tpuspec.testing import FakeBackend
+from tpuspec.testing import FakeBackend, ManualClock
 
 WAIT = 10.0  # seconds, for what must happen at once
 
@@ -31,13 +32,13 @@ def losses(step: DrainedStep) -> list[float]:
 class Recorder:
     """Drains steps, notes which the worker fetched together, and holds its work back until the gate is open."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, queue_size: int = 64, **options: Any) -> None:
         self.fetches: list[list[float]] = []
         self.fetch_threads: set[int] = set()
         self.steps: list[DrainedStep] = []
         self.gate, self.working = threading.Event(), threading.Event()
         self.gate.set()
-        self.executor = HostExecutor(queue_size=64)
+        self.executor = HostExecutor(queue_size=queue_size)
         self.drain = Drain(self._fetch, self.executor, work=self._work, **options)
 
     def _fetch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -78,6 +79,43 @@ def test_steps_that_wait_are_fetched_in_one_transfer():
     recorder.close()
     assert recorder.fetches == [[1, 1], [2, 2, 3, 3, 4, 4]]
     assert [step.step for step in recorder.steps] == [1, 2, 3, 4]
+
+
+def test_at_most_half_of_what_may_be_under_way_is_fetched_at_once():
+    recorder = Recorder(queue_size=4)
+    recorder.gate.clear()
+    recorder.run(1)
+    assert recorder.working.wait(WAIT)
+    recorder.run(2, 3, 4)
+    recorder.gate.set()
+    recorder.close()
+    assert recorder.fetches == [[1, 1], [2, 2, 3, 3], [4, 4]]
+    assert [step.step for step in recorder.steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("fetch_seconds", "work_seconds", "is_told"), [(5.0, 0.0, False), (0.0, 5.0, True)])
+def test_a_loop_that_waits_for_the_device_is_not_told_that_host_work_is_slow(
+        caplog, fetch_seconds, work_seconds, is_told):
+    clock, gate, begun = ManualClock(), threading.Event(), threading.Event()
+
+    def hold(seconds: float) -> None:
+        if seconds:
+            begun.set()
+            assert gate.wait(WAIT)
+            clock.advance(seconds)
+
+    def fetch(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        hold(fetch_seconds)
+        return tensors
+
+    with caplog.at_level(logging.WARNING, "tpuspec"), HostExecutor(queue_size=1, clock=clock) as executor:
+        drain = Drain(fetch, executor, work=lambda step: hold(work_seconds))
+        drain.submit(1, [output(1)], rows())
+        assert begun.wait(WAIT)
+        drain.submit(2, [output(2)], rows())
+        threading.Timer(0.1, gate.set).start()
+        drain.submit(3, [output(3)], rows())  # waits
+    assert ("host work is slower than the device" in caplog.text) == is_told
 
 
 def test_all_replicas_of_a_step_come_in_one_fetch():

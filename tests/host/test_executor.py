@@ -101,6 +101,41 @@ def test_a_queue_that_is_rarely_full_is_not_told(caplog):
     assert caplog.text == ""
 
 
+def test_time_that_the_jobs_wait_for_the_device_is_not_told(caplog):
+    clock = ManualClock()
+    with caplog.at_level(logging.WARNING, "tpuspec"), HostExecutor(queue_size=1, clock=clock) as executor:
+        gate, started = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with executor.waiting_for_device():
+                started.set()
+                assert gate.wait(WAIT)
+                clock.advance(60.0)
+            clock.advance(0.5)
+
+        executor.submit(1, hold)
+        assert started.wait(WAIT)
+        executor.submit(2, lambda: None)
+        threading.Timer(MOMENT, gate.set).start()
+        executor.submit(3, lambda: None)  # waits
+        executor.wait()
+        assert caplog.text == "", "60 s for the device, and only 0.5 s for the job"
+        fill(executor, clock, 60.0)
+    assert "waited for it 50 % of the time" in caplog.text
+
+
+def test_a_job_that_raises_while_it_waits_for_the_device_is_an_error_like_any_other():
+    executor = HostExecutor()
+
+    def job() -> None:
+        with executor.waiting_for_device():
+            raise OSError("gone")
+
+    executor.submit(4, job)
+    with pytest.raises(HostCallError, match="step 4 raised OSError: gone"):
+        executor.close()
+
+
 def test_wait_leaves_as_many_jobs_as_may_be_under_way():
     with HostExecutor() as executor:
         gate = threading.Event()

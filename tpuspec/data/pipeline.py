@@ -16,6 +16,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.batch_axis import BatchAxis, rows_to_axes
 from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
+from tpuspec.data.known_form import KnownForm
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
 from tpuspec.data.position import Position, common_start
 from tpuspec.data.share import Share, is_map_style
@@ -127,7 +128,7 @@ class InputPipeline:
             replicas, mask = part if part is not None else feed.padding()
             batches += replicas
             masks.append(mask)
-        mask = torch.cat(masks)
+        mask = masks[0] if len(masks) == 1 else torch.cat(masks)
         # Only training goes on from a position.
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
         return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())), position=position)
@@ -180,6 +181,8 @@ class _Feed:
             self._checker = BatchChecker(
                 batch_size=call.batch_size, exact=settings.mode is ModeKeys.TRAIN,
                 may_be_empty=share is not None and is_map_style(source))
+            self._full_mask = row_mask(call.batch_size, call.batch_size)
+        self._known = KnownForm()
         self._batch_axis, self._axes = settings.batch_axis, {}
         # A Dataset's rows are collated along axis 0; other inputs yield batches as they are to be.
         self._is_collated = isinstance(source, Dataset)
@@ -209,7 +212,7 @@ class _Feed:
             return batches * call.num_replicas, masks[0]
         if call.splits:
             batches = split_rows(batches[0], call.num_replicas, self._axes)
-        return batches, torch.cat(masks)
+        return batches, masks[0] if len(masks) == 1 else torch.cat(masks)
 
     def padding(self) -> tuple[list[Batch], torch.Tensor]:
         """Returns a step's batches without a real row, for a feed that ended before the others."""
@@ -230,9 +233,13 @@ class _Feed:
             element = next(self._iterator)
         except StopIteration:
             return None
-        batch = self._with_axes(to_host_batch(element))
+        known = self._known.batch(element)
+        batch = self._with_axes(to_host_batch(element)) if known is None else known
         if self._drops_labels:
             batch = Batch(features=batch.features)
+        if known is not None:
+            self._last = batch
+            return batch, self._full_mask
         num_real = count_rows(batch, self._axes) if self._checker is None else self._checker.check(batch, self._axes)
         if self._precision is not None:
             batch = batch.map(lambda tensor: cast_tensor(tensor, self._precision))
@@ -240,7 +247,11 @@ class _Feed:
         if self._checker is None:
             return batch, row_mask(num_real, num_real)
         assert self._call.batch_size is not None
-        return pad_batch(batch, self._call.batch_size, self._axes), row_mask(num_real, self._call.batch_size)
+        if num_real < self._call.batch_size:
+            self._known.forget()
+            return pad_batch(batch, self._call.batch_size, self._axes), row_mask(num_real, self._call.batch_size)
+        self._known.learn(element, batch)
+        return batch, self._full_mask
 
     def _with_axes(self, batch: Batch) -> Batch:
         """Notes where the rows of each tensor are, and brings them there if they were collated here."""

@@ -63,7 +63,8 @@ class _Dispatched:
 class Drain:
     """Hands each dispatched step to the worker, which fetches its outputs and works on them, in order.
 
-    The worker fetches all steps that wait in one transfer, so that it catches up with a loop that is faster.
+    The worker fetches several steps that wait in one transfer, so that it catches up with a loop that is faster; not
+    all, so that the device has the others to go on with meanwhile.
 
     Args:
       fetch: copies a list of device tensors to the host in one transfer; `Backend.fetch`. Called on the worker.
@@ -112,7 +113,8 @@ class Drain:
         self._work(self._fetched.popleft())
 
     def _fetch_waiting(self) -> None:
-        dispatched = [self._dispatched.popleft() for _ in range(len(self._dispatched))]
+        num_steps = min(len(self._dispatched), self._executor.enough)
+        dispatched = [self._dispatched.popleft() for _ in range(num_steps)]
         tensors: list[Tensor] = []
         for step in dispatched:
             for _, group in step.groups():
@@ -121,7 +123,8 @@ class Drain:
                 else:
                     tensors.extend(group.values() if isinstance(group, Mapping) else group)
         try:
-            fetched = iter(self._fetch(tensors))
+            with self._executor.waiting_for_device():
+                fetched = iter(self._fetch(tensors))
         except TpuspecError:
             raise
         except Exception as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -15,6 +16,9 @@ from tpuspec.errors import HostCallError, TpuspecError
 logger = logging.getLogger(__name__)
 
 _STOP = object()
+
+LINGER_SECONDS = 1e-3
+"""A worker that runs at every step takes Python's lock from the loop each time; one that gathers steps, more seldom."""
 
 _SECONDS_WORTH_A_WORD = 1.0
 _SHARE_WORTH_A_WORD = 0.1
@@ -25,28 +29,53 @@ class _Job(NamedTuple):
     run: Callable[[], object]
 
 
+class _Stopwatch:
+    """Counts the seconds between start and stop; one thread starts and stops it, any may read it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # One tuple, so that a reader never sees half of a change.
+        self._state: tuple[float, float | None] = (0.0, None)
+
+    def start(self) -> None:
+        self._state = (self._state[0], self._clock())
+
+    def stop(self) -> None:
+        self._state = (self.seconds(), None)
+
+    def seconds(self) -> float:
+        total, since = self._state
+        return total if since is None else total + self._clock() - since
+
+
 class HostExecutor:
     """Runs jobs on one thread, in the order of their submission.
 
-    A full queue makes `submit` wait; that is said once, with the share of time. The first error of a job is raised by
-    the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it are dropped.
+    The thread lets jobs gather for a moment before it runs them, unless somebody waits for them. A full queue makes
+    `submit` wait; where that is for the jobs' own work, it is said once, with the share of time. The first error of a
+    job is raised by the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it are dropped.
 
     Args:
       queue_size: jobs that may wait behind the one that runs.
       name: of the thread.
       clock: seconds.
+
+    Attributes:
+      enough: jobs that are worth the thread's while; half of what may be under way.
     """
 
     def __init__(self, queue_size: int = 8, name: str = "tpuspec-host", *,
                  clock: Callable[[], float] = time.perf_counter) -> None:
         self._most = queue_size + 1
+        self.enough = self._most // 2
         self._name = name
         self._clock = clock
         # No queue.Queue: its locks cost the caller more than a small step takes.
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._num_submitted = self._num_done = 0
-        self._is_waited_for = False
-        self._progress = threading.Event()
+        self._is_waited_for = self._is_lingering = False
+        self._progress, self._hurry = threading.Event(), threading.Event()
+        self._host_work = _Stopwatch(clock)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._begun: float | None = None
@@ -74,6 +103,17 @@ class HostExecutor:
             self._wait_for_room()
         self._num_submitted += 1
         self._queue.put(_Job(step, job))
+        if self._is_lingering and self._num_submitted - self._num_done >= self.enough:
+            self._hurry.set()
+
+    @contextlib.contextmanager
+    def waiting_for_device(self) -> Iterator[None]:
+        """Within a job: what the block takes is no host work."""
+        self._host_work.stop()
+        try:
+            yield
+        finally:
+            self._host_work.start()
 
     @property
     def num_under_way(self) -> int:
@@ -101,20 +141,24 @@ class HostExecutor:
           HostCallError: as `submit`.
         """
         if self._thread is not None:
+            self._is_waited_for = True
             self._queue.put(_STOP)
+            self._hurry.set()
             self._thread.join()
+            self._is_waited_for = False
             self._thread = None
         self.check()
 
     def _wait_for_room(self) -> None:
-        begun = self._clock()
-        self._wait_until(self._num_submitted - self._most + 1)
-        now = self._clock()
-        self._seconds_waited += now - begun
+        worked_before = self._host_work.seconds()
+        # For more room than one job's: the device has enough to go on with, and both threads wake up more seldom.
+        self._wait_until(self._num_submitted - self._most + self.enough)
+        # A worker that waits for the device, as the loop does through it, is not slower than the device.
+        self._seconds_waited += self._host_work.seconds() - worked_before
         if self._has_told or self._seconds_waited < _SECONDS_WORTH_A_WORD:
             return
         assert self._begun is not None, "set by the first submit"
-        share = self._seconds_waited / (now - self._begun)
+        share = self._seconds_waited / (self._clock() - self._begun)
         if share >= _SHARE_WORTH_A_WORD:
             self._has_told = True
             logger.warning(
@@ -125,6 +169,7 @@ class HostExecutor:
     def _wait_until(self, num_done: int) -> None:
         # In this order: the worker first counts, then looks at the flag, so a job that ends meanwhile is not missed.
         self._is_waited_for = True
+        self._hurry.set()
         try:
             while self._num_done < num_done:
                 self._progress.clear()
@@ -150,14 +195,27 @@ class HostExecutor:
     def _work(self) -> None:
         failed = False
         while isinstance(job := self._queue.get(), _Job):
+            if self._queue.empty():
+                self._linger()
             if not failed:
+                self._host_work.start()
                 try:
                     job.run()
                 except BaseException as error:
                     self._error, failed = _as_host_error(error, job.step), True
+                self._host_work.stop()
             self._num_done += 1
             if self._is_waited_for:
                 self._progress.set()
+
+
+    def _linger(self) -> None:
+        self._hurry.clear()
+        self._is_lingering = True
+        # In this order: who hurries first says what for, then sets the flag, so that none is missed.
+        if not self._is_waited_for and self._num_submitted - self._num_done < self.enough:
+            self._hurry.wait(LINGER_SECONDS)
+        self._is_lingering = False
 
 
 def _as_host_error(error: BaseException, step: int) -> BaseException:
