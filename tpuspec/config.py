@@ -195,6 +195,11 @@ class RunConfig:
       device: 'cpu' or 'cuda', where use_tpu=False; None means 'cpu'.
       compile: whether torch.compile compiles the module, where use_tpu=False.
       heartbeat_seconds: silence after which a host counts as lost, where several compute together.
+      grace_seconds: time from the first SIGINT or SIGTERM to the end of the process: half of it for the step, the
+        input or a hook under way, the rest for the last save. What hangs then is ended, without a commit.
+      hang_seconds: time without a step, a batch or host work after which the process ends with the stacks of all
+        threads and exit code 4; None for never. Time in the code that reads from predict() does not count.
+      compile_hang_seconds: the same while XLA compiles a step.
       task_type: 'worker', or 'evaluator' for a process outside the cluster that only evaluates.
 
     Raises:
@@ -227,6 +232,9 @@ class RunConfig:
     device: str | None = None
     compile: bool = False
     heartbeat_seconds: float = 60.0
+    grace_seconds: float = 15.0
+    hang_seconds: float | None = 1800.0
+    compile_hang_seconds: float | None = 7200.0
     task_type: str = "worker"
 
     def __post_init__(self) -> None:
@@ -335,6 +343,11 @@ def validate(config: RunConfig) -> None:
     timeout = config.checkpoint_timeout_secs
     if timeout is not None and not (_is_number(timeout) and timeout > 0):
         raise ConfigError(f"checkpoint_timeout_secs should be > 0, or None; got {timeout!r}.")
+    for name in ("grace_seconds", "hang_seconds", "compile_hang_seconds"):
+        value = getattr(config, name)
+        if not (_is_number(value) and value > 0) and (value is not None or name == "grace_seconds"):
+            or_none = "" if name == "grace_seconds" else ", or None for no limit"
+            raise ConfigError(f"{name} should be > 0, in seconds{or_none}; got {value!r}.")
     if config.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu' or 'cuda', or None; got {config.device!r}. use_tpu=True takes XLA's "
                           "devices.")

@@ -8,32 +8,52 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 import tpuspec
 from tpuspec.cli.compose import Job
-from tpuspec.cli.launch import format_metrics, launch
+from tpuspec.cli.launch import FAILED, format_metrics, launch
+from tpuspec.cli.output import survive_closed_output
 from tpuspec.cli.record import describe_environment, replacing, write_record
 from tpuspec.cli.schema import Mode, run_config
 from tpuspec.cli.targets import Functions, resolve_functions
 from tpuspec.errors import ConfigError
+from tpuspec.loops.ending import end_within
+from tpuspec.loops.interruption import interruptible
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
+_MOST_SECONDS_TO_END = 8.0
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command line as the whole of this process, and ends it; see `main`."""
+    survive_closed_output()
+    code: object = FAILED
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+        raise
+    finally:
+        if code:  # behind an error somebody's thread may wait for ever, and Python would wait for it
+            end_within(_MOST_SECONDS_TO_END, code if isinstance(code, int) else FAILED)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (that of this process where None is given) and returns its exit code."""
+    """Runs a command line (that of this process where None is given) and returns its exit code.
+
+    Raises:
+      SystemExit: the user's code raised it, or SIGTERM came, with code 143.
+    """
     argv = sys.argv[1:] if argv is None else argv
     started = datetime.now().astimezone()
     environment = describe_environment(argv, version=tpuspec.__version__, started=started)
-    try:
+    with interruptible(tpuspec.RunConfig.grace_seconds, owns_process=True):
         return launch(argv, lambda job: run(job, environment), version=tpuspec.__version__, now=started)
-    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,4 +149,4 @@ def _as_data(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -28,6 +28,7 @@ from tpuspec.loops.agreement import AgreedSavePolicy, ends_input
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
+from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
@@ -35,6 +36,7 @@ from tpuspec.loops.report import banner_facts
 from tpuspec.loops.saving import Saver, make_manager
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.training_run import TrainingRun
+from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import select
@@ -106,7 +108,7 @@ class Trainer:
             self._config = self._config.replace(model_dir=os.fspath(self._store.model_dir))
         self._progress = Progress(enabled=self._config.show_progress and self._config.cluster.task_index == 0)
         self._training_input: PrefetchedBatches[HostBatch] | None = None
-        self._ends_together = False
+        self._interruption: Interruption | None = None
 
     @property
     def model_dir(self) -> str:
@@ -172,8 +174,10 @@ class Trainer:
         Raises:
           ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
           HostCallError: host_call raised; names the step.
-          KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; raised after the step under way was finished and the
-            last checkpoint saved. A second signal ends training at once.
+          KeyboardInterrupt, SystemExit: SIGINT or SIGTERM (then with code 143) came; raised after the step under way
+            was finished and the last checkpoint saved. A second signal ends training at once. Signals are taken in the
+            main thread only, and the handlers that were there before are put back. After SIGTERM the process is ended
+            by force when config.grace_seconds are over.
           Exception: of input_fn, model_fn or a hook, as it is.
         """
         if self._training_input is not None:
@@ -195,13 +199,16 @@ class Trainer:
         if checked_listeners and not self._save_policy(session).enabled:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
                               "save_checkpoints_steps or save_checkpoints_secs.")
-        with store_of(self._store, session.backend.coordinator).writing():
-            self._train(session, preparation, input_fn, checked_hooks, checked_listeners, steps, max_steps)
+        with (store_of(self._store, session.backend.coordinator).writing(),
+              interruptible(self._config.grace_seconds) as self._interruption,
+              self._interruption.stops(lambda: None)):  # what came before the loop stops it at its first step
+            self._train(session, preparation, input_fn, checked_hooks, checked_listeners, steps, max_steps,
+                        self._interruption)
         return self
 
     def _train(self, session: Session, preparation: Preparation, input_fn: Callable[..., Any],
                hooks: Sequence[SessionRunHook], listeners: Sequence[CheckpointSaverListener], steps: int | None,
-               max_steps: int | None) -> None:
+               max_steps: int | None, interruption: Interruption) -> None:
         save_policy = self._save_policy(session)
         store = store_of(self._store, session.backend.coordinator)
         session.check_not_lent("train()")
@@ -222,21 +229,21 @@ class Trainer:
         length = self._config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
         training = TrainingRun(
             session=session, prepared=prepared, config=self._config, loop_length=length, progress=self._progress,
-            restored=restored, hooks=[*hooks, *prepared.rehearsal.hooks],
+            restored=restored, interruption=interruption, hooks=[*hooks, *prepared.rehearsal.hooks],
             saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator), save_policy,
                         lambda: session.training_state(prepared.rehearsal.scaffold), listeners))
         self._banner(session)
         with contextlib.closing(prepared.batches), contextlib.closing(self._writer(session, self.model_dir)) as writer:
             self._training_input = prepared.batches
             try:
-                interruption = training.run(writer, last_step)
+                training.run(writer, last_step)
             finally:
                 self._training_input = None
         if interruption.signal is not None:
-            self._ends_together = True
-            self._progress.message(f"interrupted: stopped at step {session.global_step}, newest checkpoint "
-                                   f"{self.latest_checkpoint()}. The next train() goes on from there.")
-            interruption.end()
+            told = (f"stopped at step {session.global_step}, newest checkpoint {self.latest_checkpoint()}. The next "
+                    "train() goes on from there.")
+            self._progress.message(f"interrupted: {told}")
+            interruption.end(told)
         session.random_state = read_random_state(session.backend)
 
     @watched
@@ -259,6 +266,7 @@ class Trainer:
         Raises:
           ConfigError, ConfigTypeError, SpecError, InputError and kin: a rule is broken, before anything is compiled.
           HostCallError: metric_fn or host_call raised; names the step.
+          KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, as in train; raised after the step under way.
         """
         on_xla = self._use_tpu and self._eval_on_tpu
         if self._eval_on_tpu and not self._use_tpu:
@@ -280,13 +288,15 @@ class Trainer:
             evaluated = stack.enter_context(self._weights(session, checkpoint_path, prepared.rehearsal.scaffold))
             stack.enter_context(session.with_buffers_of_chief())
             writer = stack.enter_context(contextlib.closing(self._writer(session, folder)))
+            self._interruption = stack.enter_context(interruptible(self._config.grace_seconds))
             # The line of a training that this evaluation interrupts stays.
             progress = Progress(enabled=False) if self._training_input is not None else self._progress
             self._banner(session)
             result, num_rows = EvaluationRun(
                 session=session, prepared=prepared, hooks=[*checked_hooks, *prepared.rehearsal.hooks],
                 hooks_per_step=not on_xla, queue_size=self._config.host_queue_size,
-                title=f"eval{f' {name}' if name else ''}", progress=progress).run(writer, steps, evaluated)
+                title=f"eval{f' {name}' if name else ''}", progress=progress,
+                interruption=self._interruption).run(writer, steps, evaluated)
         self._progress.table(f"evaluation{f' {name}' if name else ''} of {num_rows} rows at step "
                              f"{result['global_step']}", result)
         return result
@@ -367,9 +377,14 @@ class Trainer:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
         return create_file_writer(folder) if session.backend.coordinator.is_chief else MultiWriter(())
 
+    def _watchdog(self) -> Watchdog:
+        """Returns what watches one call."""
+        return make_watchdog(self._config, self._report)
+
     def _report(self, error: BaseException, phase: str) -> None:
         """Tells the other hosts of an error that ends this one's call."""
-        if self._ends_together and isinstance(error, KeyboardInterrupt | SystemExit):
+        is_agreed = self._interruption is not None and self._interruption.is_agreed
+        if is_agreed and isinstance(error, KeyboardInterrupt | SystemExit):
             return
         for session in self._sessions.values():
             session.backend.coordinator.report(error, phase)

@@ -63,7 +63,8 @@ def test_error_has_its_exit_code(command, calls, capsys, error, code):
     calls.error = error
     assert command("config=digits") == code
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].endswith("broken" if code != 130 else "interrupted")
+    assert err.splitlines()[-1].endswith("broken" if code != 130 else "nothing was left to be saved.")
+    assert err.startswith("error: " if code != 130 else "interrupted by SIGINT: ")
     assert ("Traceback" in err) == (code == 1 and not isinstance(error, DeviceError))
 
 

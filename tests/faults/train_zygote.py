@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import signal
 import sys
 
 import numpy as np
@@ -14,21 +16,31 @@ import tpuspec.runtime.xla_replicas
 import tpuspec.train
 
 
-def start(arguments: list[str], output: str, seed: int) -> int:
-    """Forks a run, whose output goes to a file; returns its process number."""
+def start(arguments: list[str], output: str, seed: int = 0, errors: str | None = None, folder: str = ".") -> int:
+    """Forks a run, whose output goes to a file, its errors to another where one is given; returns its process number.
+
+    The run is a process group of its own.
+    """
     pid = os.fork()
     if pid:
         return pid
+    os.setsid()
+    # A shell's background job ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed(seed)
     np.random.seed(seed)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    os.chdir(folder)
+    for number, name in ((1, output), (2, errors or output)):
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, number)
+        os.close(file)
     # As an interpreter ends: threads are joined, and what they raise is seen.
-    sys.exit(tpuspec.train.main(arguments))
+    tpuspec.train.command(arguments)
+    return 0
 
 
 def main() -> None:
+    gc.freeze()  # what is imported need not be looked through, and so copied, by each run
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

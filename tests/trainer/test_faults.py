@@ -251,8 +251,16 @@ def test_a_lazy_module_is_refused_with_the_mend(tmp_path):
         trainer.train(rows_input(), max_steps=2)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell's background job ignores SIGINT, and with it these tests would."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_ends_training_after_a_save_of_the_last_finished_step(number, exception, tmp_path, capsys):
+def test_fault_22_23_a_signal_ends_training_after_a_save_of_the_last_finished_step(number, exception, tmp_path, capsys):
     def host_call(global_step, loss):
         if int(global_step[0]) == 5:
             os.kill(os.getpid(), number)
@@ -269,23 +277,39 @@ def test_a_signal_ends_training_after_a_save_of_the_last_finished_step(number, e
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_ends_training_at_once(tmp_path):
+def test_fault_24_a_second_signal_ends_training_at_once(tmp_path):
     calls = []
 
-    def input_fn(params):
-        for i in itertools.count():
-            if i == 3:
+    class Interrupt(tpuspec.SessionRunHook):
+        def after_run(self, context):
+            if context.step == 4:
                 os.kill(os.getpid(), signal.SIGINT)
                 calls.append("first")
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
                 calls.append("not at once")
+
+    trainer = make_trainer(tmp_path, save_checkpoints_steps=100)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        trainer.train(rows_input(), hooks=[Interrupt()], max_steps=100)
+    assert calls == ["first"]
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-0"], "nothing more was saved"
+
+
+def test_fault_23_a_signal_breaks_off_a_wait_for_the_input_and_the_last_step_is_saved(tmp_path):
+    def input_fn(params):
+        for i in itertools.count():
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
             yield regression_rows(4).tensors
 
-    trainer = make_trainer(tmp_path)
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    trainer = make_trainer(tmp_path, allow_inexact_resume=True)
+    with pytest.raises(KeyboardInterrupt) as caught:  # noqa: PT011 - its notes are matched
         trainer.train(input_fn, max_steps=100)
-    assert calls == ["first"]
+    (note,) = caught.value.__notes__
+    assert "stopped at step 3, newest checkpoint" in note
+    assert trainer.latest_checkpoint() == str(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -43,8 +43,8 @@ Options:
   --version          prints the version and stops
   -h, --help         prints this page and stops
 
-Exit codes: 0 done, 1 an error of the run or of your code, 2 a wrong setting, 3 a checkpoint that cannot be used,
-130 interrupted."""
+Exit codes: 0 done, 1 an error of the run or of your code, 2 a wrong setting, 3 a checkpoint that cannot be used or
+another training in model_dir, 4 nothing moved any more, 130 and 143 after SIGINT and SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
 from tpuspec.cli.compose import Job, compose_jobs
@@ -20,8 +21,11 @@ from tpuspec.errors import (
     ConfigTypeError,
     DeviceError,
     HangError,
+    HostCallError,
     HostFailureError,
+    TpuspecError,
 )
+from tpuspec.spec.phase import phase_of, step_of
 from tpuspec.summary.readable import format_value
 
 DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, HUNG, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -47,7 +51,7 @@ def launch(argv: Sequence[str], run_job: RunJob, *, version: str, now: datetime)
             print(f"tpuspec {version}")
             return DONE
         jobs = compose_jobs(arguments.overrides, config_dir=arguments.config_dir, multirun=arguments.multirun, now=now)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report(error)
     if arguments.show_config:
         print("---\n".join(job.resolved for job in jobs), end="")
@@ -60,25 +64,56 @@ def run_reported(job: Job, run_job: RunJob) -> tuple[int, Mapping[str, Any]]:
     try:
         return DONE, run_job(job)
     except (Exception, KeyboardInterrupt) as error:
-        return report(error), {}
+        return report(error, job.settings.model_dir), {}
+    except SystemExit as error:
+        if notes := _notes(error):  # a signal's, not the user's
+            print(f"interrupted by SIGTERM: {notes}", file=sys.stderr, flush=True)
+        raise
 
 
-def report(error: BaseException) -> int:
-    """Prints an error on stderr, with its traceback where user code may have raised it; returns its exit code."""
+def report(error: BaseException, model_dir: str | None = None) -> int:
+    """Prints an error on stderr, with its traceback where user code may have raised it; returns its exit code.
+
+    The first line says what went wrong, where, at which step, and what to do.
+    """
     sys.stdout.flush()
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted by SIGINT: {_notes(error) or 'nothing was left to be saved.'}", file=sys.stderr)
         return INTERRUPTED
     code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
             STATE_REFUSED if isinstance(error, CheckpointError) else HUNG if isinstance(error, HangError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
     is_of_user = code == FAILED and not isinstance(error, DeviceError | HostFailureError)
+    if is_of_user:
+        print(f"error: {_cause(error)}{_way_on(model_dir)}", file=sys.stderr)
     if is_of_user or os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_notes(error, ' ')}", file=sys.stderr)
     sys.stderr.flush()
     return code
+
+
+def _cause(error: BaseException) -> str:
+    """Returns an error's part of the run, step, kind, text and notes in one line."""
+    text = (str(error).splitlines() or [""])[0]
+    step, phase = step_of(error), phase_of(error, "")
+    if not isinstance(error, TpuspecError):
+        text = f"{type(error).__name__}: {text}"
+    if not isinstance(error, HostCallError):  # which says so itself
+        text = f"{f'in {phase}' if phase else ''}{f' at step {step}' if step else ''}: {text}".lstrip(": ")
+    return f"{text}{_notes(error, ' ')}"
+
+
+def _notes(error: BaseException, before: str = "") -> str:
+    notes = getattr(error, "__notes__", [])
+    return before + " ".join(" ".join(note.split()) for note in notes) if notes else ""
+
+
+def _way_on(model_dir: str | None) -> str:
+    """Says where the same command would go on from."""
+    steps = CheckpointStore(model_dir).steps() if model_dir else []
+    return f" (The same command goes on from step {steps[-1]}, in {model_dir}.)" if steps else ""
 
 
 def _run_sweep(jobs: list[Job], run_job: RunJob) -> int:

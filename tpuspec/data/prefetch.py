@@ -14,6 +14,8 @@ from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
+from tpuspec.spec.phase import note_move
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -160,6 +162,7 @@ class PrefetchedBatches(Generic[T]):
             except BaseException as error:
                 ended = error
             num_drawn += 1
+            note_move()
             # Not at every draw: it takes longer than some of them.
             moved = num_drawn % _DRAWS_PER_LOOK == 0 and state != (state := _random_state())
             with self._changed:

@@ -98,14 +98,15 @@ class Drain:
         self._dispatched.append(_Dispatched(step, outputs, rows, without))
         self._executor.submit(step, self._work_on_next)
 
-    def flush(self) -> None:
-        """Waits until every step that was submitted is worked on.
+    def flush(self, seconds: float | None = None) -> bool:
+        """Waits until every step that was submitted is worked on, or so many seconds; returns whether all are.
 
         Raises:
           HostCallError, DeviceError: as `submit`.
         """
-        self._executor.wait()
+        is_done = self._executor.wait(seconds=seconds)
         self._executor.check()
+        return is_done
 
     def _work_on_next(self) -> None:
         if not self._fetched:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from tpuspec.errors import HostCallError, TpuspecError
+from tpuspec.spec.phase import in_phase, note_move
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,9 @@ class HostExecutor:
         """Jobs that were submitted and have not ended."""
         return self._num_submitted - self._num_done
 
-    def wait(self, *, left: int = 0) -> None:
-        """Waits until at most `left` jobs are under way; raises nothing."""
-        self._wait_until(self._num_submitted - left)
+    def wait(self, *, left: int = 0, seconds: float | None = None) -> bool:
+        """Waits until at most `left` jobs are under way, or so many seconds, and returns whether so few are."""
+        return self._wait_until(self._num_submitted - left, seconds)
 
     def check(self) -> None:
         """Raises the error of a job, if there is one.
@@ -166,17 +167,22 @@ class HostExecutor:
                 "%d steps being full. Make host_call or metric_fn cheaper, or call host_call less often "
                 "(TPUConfig.host_call_every_n_steps).", 100 * share, self._most - 1)
 
-    def _wait_until(self, num_done: int) -> None:
+    def _wait_until(self, num_done: int, seconds: float | None = None) -> bool:
+        if self._num_done >= num_done:
+            return True
+        end = None if seconds is None else time.monotonic() + seconds
         # In this order: the worker first counts, then looks at the flag, so a job that ends meanwhile is not missed.
         self._is_waited_for = True
         self._hurry.set()
         try:
-            while self._num_done < num_done:
-                self._progress.clear()
-                if self._num_done < num_done:
-                    self._progress.wait()
+            with in_phase("host work"):
+                while self._num_done < num_done and (end is None or time.monotonic() < end):
+                    self._progress.clear()
+                    if self._num_done < num_done:
+                        self._progress.wait(None if end is None else max(0.0, end - time.monotonic()))
         finally:
             self._is_waited_for = False
+        return self._num_done >= num_done
 
     def __enter__(self) -> Self:
         return self
@@ -205,6 +211,7 @@ class HostExecutor:
                     self._error, failed = _as_host_error(error, job.step), True
                 self._host_work.stop()
             self._num_done += 1
+            note_move()
             if self._is_waited_for:
                 self._progress.set()
 

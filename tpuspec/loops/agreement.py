@@ -88,9 +88,11 @@ class InputEnd:
 
     Attributes:
       was_stopped: whether another host stopped, and the input has not come to its end.
+      is_shared: whether there are other hosts.
     """
 
     was_stopped = False
+    is_shared = False
 
     def end(self) -> None:
         """Ends the input of all hosts, unless it has ended."""
@@ -110,6 +112,8 @@ class AgreedInput(InputEnd):
       topology: who computes.
       mode: the mode.
     """
+
+    is_shared = True
 
     def __init__(self, make: Callable[[], InputPipeline], coordinator: Coordinator, plan: InputPlan,
                  topology: Topology, mode: ModeKeys) -> None:

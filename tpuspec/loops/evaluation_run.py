@@ -12,6 +12,7 @@ from tpuspec.loops.agreement import leave_to_chief
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import EvalWork
+from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.prepare import Prepared
 from tpuspec.loops.report import write_results
 from tpuspec.loops.session import Session
@@ -34,6 +35,7 @@ class EvaluationRun:
       queue_size: steps that may wait for host work.
       title: of this evaluation, for people.
       progress: the progress line.
+      interruption: takes the signals of this call.
     """
 
     session: Session
@@ -43,6 +45,7 @@ class EvaluationRun:
     queue_size: int
     title: str
     progress: Progress
+    interruption: Interruption
 
     def run(self, writer: SummaryWriter, max_steps: int | None, evaluated: str | None) -> tuple[EvalResult, int]:
         """Returns the results, on every host those of the chief, and the number of real rows seen here.
@@ -51,6 +54,9 @@ class EvaluationRun:
           writer: of the evaluation's folder; gets the results.
           max_steps: batches at most; None runs to the end.
           evaluated: path of the evaluated checkpoint, if it is one.
+
+        Raises:
+          KeyboardInterrupt, SystemExit: a signal came; there are no results of a part of the input.
         """
         session, prepared = self.session, self.prepared
         backend, metrics = session.backend, MetricState()
@@ -64,8 +70,10 @@ class EvaluationRun:
                     backend=backend, step=prepared.step, batches=prepared.batches, max_steps=max_steps,
                     drain=Drain(backend.fetch, executor, copies=prepared.copies,
                                 work=work if backend.coordinator.is_chief else leave_to_chief),
-                    input_end=prepared.input_end, hooks_per_step=self.hooks_per_step,
+                    input_end=prepared.input_end, interruption=self.interruption, hooks_per_step=self.hooks_per_step,
                     hooks=HookRunner(self.hooks, context, writer=writer, summary_step=session.global_step)).run()
+            self.interruption.agree(backend.coordinator)
+            self.interruption.end()
             result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
             result = backend.coordinator.share(result)
         finally:

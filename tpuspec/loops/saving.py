@@ -16,6 +16,7 @@ from tpuspec.loops.agreement import NoSave
 from tpuspec.loops.hooks import ListenerRunner
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.hooks import CheckpointSaverListener
+from tpuspec.spec.phase import in_phase
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,10 @@ class Saver:
 
     def end(self, step: int) -> None:
         """Saves the last state, unless it is saved, and waits for the commit."""
-        self._manager.wait()
+        self._wait()
         if self._policy.should_save_last(step):
             self._save(step)
-        self._manager.wait()
+        self._wait()
         self._listeners.end(step)
 
     def close(self) -> None:
@@ -86,5 +87,12 @@ class Saver:
             logger.warning("a checkpoint failed too: %s", error)
 
     def _save(self, step: int) -> bool:
-        return self._listeners.around(
-            step, lambda: self._manager.save(self._read_state(), wait=self._waits))
+        return self._listeners.around(step, self._write)
+
+    def _write(self) -> None:
+        with in_phase("save"):
+            self._manager.save(self._read_state(), wait=self._waits)
+
+    def _wait(self) -> None:
+        with in_phase("save"):
+            self._manager.wait()

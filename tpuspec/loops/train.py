@@ -14,11 +14,14 @@ from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.position import ENDED
 from tpuspec.host.drain import Drain, join_micro_steps
 from tpuspec.loops.agreement import InputEnd
+from tpuspec.loops.draw import draw
 from tpuspec.loops.hooks import HookRunner
+from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import Session
 from tpuspec.spec.backend import CompiledStep
+from tpuspec.spec.phase import mark_step
 from tpuspec.spec.results import StepOutput, StepRows
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,9 @@ class TrainLoop:
           publish the state; if it is time, wait for the host work and save; hooks.after_run
         wait for the host work; save the last checkpoint; hooks.end
 
+    A signal stops it after the step under way, breaks off a wait for the input, and is given up waiting for where a
+    hook or a host function takes longer than half of the grace time. The last finished step is saved in each case.
+
     Attributes:
       session: model, optimizers, and the step count that is moved on.
       step: the compiled training step.
@@ -55,6 +61,7 @@ class TrainLoop:
       drain: takes each step's outputs to the host.
       hooks: of this call.
       saver: of checkpoints.
+      interruption: the signal that came, if one did.
       restored: whether the first state stands in a checkpoint already.
       input_end: ends the input of the other hosts, where this one stops before its end.
       clock: seconds, for loops that fill a time.
@@ -67,22 +74,37 @@ class TrainLoop:
     drain: Drain
     hooks: HookRunner
     saver: Saver
+    interruption: Interruption
     restored: bool = False
     input_end: InputEnd = field(default_factory=InputEnd)
     clock: Callable[[], float] = field(default=time.perf_counter)
+    _is_in_step: bool = field(default=False, init=False)
 
     def run(self) -> bool:
         """Trains; returns whether the input ended before the last step."""
         with self.hooks:
             try:
-                return self._run()
+                with self.interruption.breaks_off(is_alone=not self.input_end.is_shared):
+                    return self._run_saved()
             except BaseException as error:
+                mark_step(error, self.session.global_step + 1)
                 explain_stale_read(error)
                 with contextlib.suppress(Exception):
                     self.step.publish()
                 with contextlib.suppress(Exception):
                     self.session.settle()
                 raise
+
+    def _run_saved(self) -> bool:
+        """Runs; saves the last finished step where a signal breaks it off between two steps."""
+        try:
+            return self._run()
+        except (KeyboardInterrupt, SystemExit):
+            if self._is_in_step or not self.interruption.is_first:
+                raise
+            self.step.publish()
+            self._finish()
+            return False
 
     def _run(self) -> bool:
         session, context, input_ended = self.session, self.hooks.context, False
@@ -102,10 +124,16 @@ class TrainLoop:
                 context.request_stop()
             if session.global_step > first:
                 self.hooks.after_run(session.global_step, last_outputs[0].functions.hooks)
-        self.input_end.end()
-        self.drain.flush()
-        self.saver.end(session.global_step)
+        self._finish()
         return input_ended
+
+    def _finish(self) -> None:
+        self.interruption.may_break_off = False
+        self.input_end.end()
+        if not self.drain.flush(self.interruption.host_work_seconds):
+            logger.warning("host functions are too slow to be waited for in RunConfig.grace_seconds: step %d is saved "
+                           "before they have run.", self.session.global_step)
+        self.saver.end(self.session.global_step)
 
     def _run_steps(self, num_steps: int) -> tuple[bool, list[StepOutput]]:
         """Dispatches up to `num_steps` updates; returns whether the input ended, and the last outputs."""
@@ -118,6 +146,7 @@ class TrainLoop:
                 return True, outputs
             outputs, rows = update
             self.session.count_update()
+            self._is_in_step = False
             self.saver.check()
             self.drain.submit(self.session.global_step, outputs, rows)
         return False, outputs
@@ -127,16 +156,18 @@ class TrainLoop:
         micro_steps: list[list[StepOutput]] = []
         num_rows, position = 0, self.session.input_position
         while not micro_steps or not micro_steps[-1][0].is_update:
-            batch = next(self.batches, None)
+            batch = draw(self.batches, self.interruption, self.input_end)
             if batch is None:
                 if micro_steps:
                     self.session.drop_gradients()
                     logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
                                    len(micro_steps))
-                if not self.input_end.was_stopped:  # by another host, which stands within its input as this one does
+                # By another host, or by a signal: it stands within its input.
+                if not self.input_end.was_stopped and self.interruption.signal is None:
                     self.session.input_position = [ENDED]
                 return None
             num_rows += batch.rows.num_rows
+            self._is_in_step = True
             micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))
             position = batch.position
         self.session.input_position = position

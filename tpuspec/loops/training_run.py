@@ -13,7 +13,7 @@ from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.agreement import AgreedSizer, leave_to_chief
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import TrainWork
-from tpuspec.loops.interruption import Interruption, stop_on_signals
+from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.prepare import Prepared
 from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import Session
@@ -39,6 +39,7 @@ class TrainingRun:
       loop_length: of the loops between two boundaries.
       progress: the progress line.
       restored: whether the first state stands in a checkpoint already.
+      interruption: takes the signals of this call.
     """
 
     session: Session
@@ -49,9 +50,10 @@ class TrainingRun:
     loop_length: LoopLength
     progress: Progress
     restored: bool
+    interruption: Interruption
 
-    def run(self, writer: SummaryWriter, last_step: int | None) -> Interruption:
-        """Trains until `last_step`, the end of the input, a stop request or a signal; returns which signal came.
+    def run(self, writer: SummaryWriter, last_step: int | None) -> None:
+        """Trains until `last_step`, the end of the input, a stop request or a signal.
 
         Args:
           writer: of model_dir.
@@ -61,18 +63,16 @@ class TrainingRun:
           What `Trainer.train` raises, but for the end that a signal asks for.
         """
         session, first_step = self.session, self.session.global_step
-        coordinator = session.backend.coordinator
-        interruption, input_ended = self._run_loop(writer, last_step)
-        interruption.signal = max(coordinator.exchange(interruption.signal or 0, name="a signal")) or None
-        if interruption.signal is None:
+        input_ended = self._run_loop(writer, last_step)
+        self.interruption.agree(session.backend.coordinator)
+        if self.interruption.signal is None:
             if input_ended and last_step is not None:
                 self.progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a "
                                       "Dataset, or repeat the batches in input_fn, to train on.")
             if session.global_step == first_step:
                 logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
-        return interruption
 
-    def _run_loop(self, writer: SummaryWriter, last_step: int | None) -> tuple[Interruption, bool]:
+    def _run_loop(self, writer: SummaryWriter, last_step: int | None) -> bool:
         config, session, prepared = self.config, self.session, self.prepared
         coordinator = session.backend.coordinator
         work = TrainWork(
@@ -82,12 +82,11 @@ class TrainingRun:
         context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
         self.progress.start("train", last_step)
         try:
-            with (stop_on_signals(context.request_stop) as interruption,
-                  HostExecutor(config.host_queue_size) as executor):
-                input_ended = TrainLoop(
+            with self.interruption.stops(context.request_stop), HostExecutor(config.host_queue_size) as executor:
+                return TrainLoop(
                     session=session, step=prepared.step, batches=prepared.batches,
                     sizer=AgreedSizer(coordinator, self.loop_length, last_step), saver=self.saver,
-                    restored=self.restored, input_end=prepared.input_end,
+                    restored=self.restored, input_end=prepared.input_end, interruption=self.interruption,
                     drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
                                 work=work if coordinator.is_chief else leave_to_chief,
                                 host_call_every=config.tpu_config.host_call_every_n_steps),
@@ -97,4 +96,3 @@ class TrainingRun:
                 stack.callback(self.saver.close)
                 stack.callback(self.progress.stop)
                 stack.callback(work.finish)
-        return interruption, input_ended

@@ -14,6 +14,8 @@ import torch_xla.core.xla_model as xm
 from torch import Tensor
 from torch_xla._dynamo.dynamo_bridge import alias_with_buffer_donor_config
 
+from tpuspec.spec.phase import in_phase
+
 _C = torch_xla._XLAC
 
 # torch_xla gives host tensors of equal values one device buffer. A state that was sent so could not be donated.
@@ -97,7 +99,7 @@ def donate(values: Sequence[Tensor], *, donated: bool = True) -> None:
 
 def compile_graph(roots: Sequence[Tensor]) -> bytes:
     """Compiles the graph behind pending tensors, unless it is known, and returns its hash; nothing runs."""
-    with alias_with_buffer_donor_config():
+    with alias_with_buffer_donor_config(), in_phase("compile"):
         graph = _C._get_graph_hash(list(roots))
         _C._xla_warm_up_cache(list(roots), [])
     return graph

@@ -1,0 +1,151 @@
+"""Runs of the command line as processes of their own, and what each of them must leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tpuspec.checkpoint.store import CheckpointStore
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ["config=faulty", f"--config-dir={Path(__file__).parent / 'configs'}", "allow=[tests.faults.]"]
+_SECONDS_TO_BE_GONE = 10.0
+_RUN_SECONDS = 240.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+      code: its exit code.
+      out, err: what it printed.
+      seconds: from its last signal, or its start, to its end.
+      model_dir: of the run.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    model_dir: Path
+
+    @property
+    def first_line(self) -> str:
+        """The first line of its errors, but for torch_xla's warnings."""
+        return next(line for line in self.err.splitlines() if line.startswith(("error: ", "interrupted")))
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, each of them whole."""
+        store = CheckpointStore(self.model_dir)
+        assert store.damaged_steps() == []
+        return store.steps()
+
+    def last_step(self) -> int:
+        """The step that the run says it stopped at; its checkpoint is the newest."""
+        words = self.err.partition("stopped at step ")[2]
+        step = int(words.partition(",")[0])
+        assert self.steps()[-1] == step
+        return step
+
+
+class Commands:
+    """Forks runs from one process that has imported torch_xla."""
+
+    def __init__(self, zygote: subprocess.Popen[str]) -> None:
+        self._zygote = zygote
+        self._num_runs = 0
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[Commands]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}
+        with subprocess.Popen([sys.executable, "-m", "tests.faults.train_zygote"], stdin=subprocess.PIPE, text=True,
+                              stdout=subprocess.PIPE, cwd=ROOT, env=environment) as zygote:
+            assert zygote.stdout is not None and zygote.stdin is not None
+            assert zygote.stdout.readline() == "ready\n"
+            yield cls(zygote)
+            zygote.stdin.close()
+
+    def start(self, folder: Path, *arguments: str) -> Run:
+        """Starts `config=faulty` in a folder, which holds its output and, where nothing else is said, its model_dir."""
+        self._num_runs += 1
+        out, err = folder / f"out{self._num_runs}", folder / f"err{self._num_runs}"
+        given = dict(argument.partition("=")[::2] for argument in arguments)
+        model_dir = folder / given.get("model_dir", "run")
+        extra = [] if "model_dir" in given else ["model_dir=run"]
+        pid = self._ask({"arguments": [*CONFIG, *extra, *arguments], "output": str(out), "errors": str(err),
+                         "folder": str(folder)})
+        return Run(pid, out, err, model_dir, lambda: self._ask({"pid": pid}))
+
+    def run(self, folder: Path, *arguments: str) -> Ended:
+        """Runs `config=faulty` to its end."""
+        return self.start(folder, *arguments).wait()
+
+    def _ask(self, order: dict[str, object]) -> int:
+        assert self._zygote.stdout is not None and self._zygote.stdin is not None
+        self._zygote.stdin.write(json.dumps(order) + "\n")
+        self._zygote.stdin.flush()
+        return int(self._zygote.stdout.readline())
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(self, pid: int, out: Path, err: Path, model_dir: Path, wait: Callable[[], int]) -> None:
+        self.pid, self.model_dir = pid, model_dir
+        self._out, self._err, self._wait = out, err, wait
+        self._begun = time.monotonic()
+
+    def send(self, number: int, *, to_group: bool = False) -> None:
+        """Sends a signal to it, or to it and all its children."""
+        (os.killpg if to_group else os.kill)(self.pid, number)
+        self._begun = time.monotonic()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Waits until something holds, while the run lives."""
+        while not condition():
+            assert self._lives(), self._err.read_text()
+            time.sleep(0.005)
+
+    def wait(self) -> Ended:
+        """Waits for its end, and proves that no process of it is left."""
+        while self._lives() and time.monotonic() < self._begun + _RUN_SECONDS:
+            time.sleep(0.01)
+        seconds, hung = time.monotonic() - self._begun, self._lives()
+        if hung:
+            os.killpg(self.pid, signal.SIGKILL)
+        code = self._wait()
+        assert not hung, f"the run did not end:\n{self._err.read_text()[-3000:]}"
+        deadline = time.monotonic() + _SECONDS_TO_BE_GONE
+        while (left := self._group()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left == [], f"{left} are left"
+        return Ended(code=code, out=self._out.read_text(), err=self._err.read_text(), seconds=seconds,
+                     model_dir=self.model_dir)
+
+    def _lives(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def _group(self) -> list[int]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+        return found
