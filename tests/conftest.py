@@ -26,7 +26,7 @@ LASTING_THREADS = frozenset({"fsspecIO"})
 APPEARING_VARIABLES = frozenset({
     "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
-    "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE",
+    "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE", "XLA_USE_SPMD",
 })
 
 # pytest sets the variable itself; the folders are caches of the tools, which git ignores too.

@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"errors", "config", "precision", "spec"}
+BASE = {"errors", "config", "mesh", "precision", "spec"}
 MIDDLE = {"runtime", "data", "host", "summary", "checkpoint", "export"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "mesh": {"errors"},
     "precision": {"errors"},
-    "config": {"errors", "precision"},
+    "config": {"errors", "mesh", "precision"},
     "spec": {"errors", "precision"},
     "metrics": {"errors", "spec"},
     "arguments": BASE,

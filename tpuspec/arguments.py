@@ -54,7 +54,8 @@ def check_batch_sizes(config: RunConfig, *, train: int | None, evaluate: int | N
         raise ConfigError("`train_batch_size` cannot be `None`; pass the global batch size.")
     check_positive_int("train_batch_size", train)
     tpu = config.tpu_config
-    if tpu.per_host_input_for_training is InputPipelineConfig.PER_SHARD_V1 and tpu.num_cores_per_replica is not None:
+    is_parallel = tpu.num_cores_per_replica is not None or tpu.cores_per_replica > 1
+    if tpu.per_host_input_for_training is InputPipelineConfig.PER_SHARD_V1 and is_parallel:
         raise ConfigError("Model parallelism only supports per host input for training. Set "
                           "per_host_input_for_training=True.")
     if evaluate is not None:

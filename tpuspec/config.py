@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Self, Union
 
 from tpuspec.errors import ConfigError
+from tpuspec.mesh import check_mesh, check_mesh_settings, check_partition_dims, cores_of
 from tpuspec.precision import parse_precision
 
 DEFAULT_SAVE_CHECKPOINTS_SECS = 600
@@ -77,6 +78,10 @@ class TPUConfig:
       per_host_input_for_training: deployment of input_fn in TRAIN; True is PER_HOST_V1, False PER_SHARD_V1.
       eval_training_input_configuration: PER_HOST_V1, or SLICED for eval and predict.
       input_partition_dims: one or two elements: how features (and labels) are split over a replica's cores.
+      mesh: mesh axis -> its size, such as {'data': 2, 'model': 2}; the batch is split over 'data', whose size is the
+        number of replicas. None makes one of num_shards and num_cores_per_replica.
+      sharding: pattern of parameter names -> one entry a dimension: a mesh axis, a list of axes, or None.
+      fsdp: whether parameters and optimizer state are split over 'data' too.
       initial_infeed_sleep_secs: seconds to wait before the first batch is drawn.
       host_call_every_n_steps: host_call runs in train on every n-th global step.
 
@@ -92,6 +97,9 @@ class TPUConfig:
     per_host_input_for_training: Any = True
     eval_training_input_configuration: Any = InputPipelineConfig.PER_HOST_V1
     input_partition_dims: Any = None
+    mesh: dict[str, int] | None = None
+    sharding: dict[str, Any] | None = None
+    fsdp: bool = False
     initial_infeed_sleep_secs: int | None = None
     host_call_every_n_steps: int = 1
 
@@ -99,12 +107,24 @@ class TPUConfig:
         self.per_host_input_for_training = _input_pipeline(self.per_host_input_for_training)
         if self.eval_training_input_configuration in InputPipelineConfig.__members__:
             self.eval_training_input_configuration = InputPipelineConfig[self.eval_training_input_configuration]
+        self.mesh = check_mesh(self.mesh)
         validate_tpu_config(self)
 
     @property
     def loop_length(self) -> LoopLength:
         """iterations_per_loop, parsed."""
         return parse_iterations_per_loop(self.iterations_per_loop)
+
+    @property
+    def cores_per_replica(self) -> int:
+        """Devices that share one model copy."""
+        return cores_of(self.mesh) if self.mesh is not None else self.num_cores_per_replica or 1
+
+    @property
+    def is_spmd(self) -> bool:
+        """Whether one program computes on all devices, over tensors that are split between them."""
+        return (self.mesh is not None or self.fsdp or self.sharding is not None or self.cores_per_replica > 1
+                or self.input_partition_dims is not None)
 
 
 def _input_pipeline(value: object) -> InputPipelineConfig:
@@ -125,15 +145,18 @@ def validate_tpu_config(config: TPUConfig) -> None:
     Raises:
       ConfigError: the first rule that is broken.
     """
+    cores = config.num_cores_per_replica
     parse_iterations_per_loop(config.iterations_per_loop)
     if config.num_shards is not None and (not _is_int(config.num_shards) or config.num_shards <= 0):
         raise ConfigError(f"TPUConfig.num_shards must be positive, or None to take what is found; got "
                           f"{config.num_shards!r}.")
-    _validate_partition_dims(config)
-    cores = config.num_cores_per_replica
+    check_partition_dims(config.input_partition_dims, knows_cores=cores is not None or config.mesh is not None,
+                         is_per_host_v2=config.per_host_input_for_training is InputPipelineConfig.PER_HOST_V2)
     if cores is not None and not (_is_int(cores) and cores in _CORES_PER_REPLICA):
         raise ConfigError(
             f"num_cores_per_replica must be 1, 2, 4, 8, 16, 32, 64 or 128; got {cores}.")
+    check_mesh_settings(config.mesh, num_shards=config.num_shards, num_cores_per_replica=cores,
+                        sharding=config.sharding, fsdp=config.fsdp)
     if config.eval_training_input_configuration not in (InputPipelineConfig.PER_HOST_V1, InputPipelineConfig.SLICED):
         raise ConfigError(
             "eval_training_input_configuration must be PER_HOST_V1 or SLICED; got "
@@ -147,20 +170,6 @@ def validate_tpu_config(config: TPUConfig) -> None:
     every = config.host_call_every_n_steps
     if not _is_int(every) or every < 1:
         raise ConfigError(f"host_call_every_n_steps must be a positive int; got {every!r}.")
-
-
-def _validate_partition_dims(config: TPUConfig) -> None:
-    dims = config.input_partition_dims
-    if dims is None:
-        return
-    if not isinstance(dims, list | tuple) or len(dims) not in (1, 2):
-        raise ConfigError("input_partition_dims must be a list with one or two elements, for features and labels; "
-                          f"got {dims!r}.")
-    if config.per_host_input_for_training is not InputPipelineConfig.PER_HOST_V2:
-        raise ConfigError("input_partition_dims is only supported in PER_HOST_V2 mode. Set "
-                          "per_host_input_for_training=PER_HOST_V2.")
-    if config.num_cores_per_replica is None:
-        raise ConfigError("input_partition_dims requires setting num_cores_per_replica.")
 
 
 @dataclass

@@ -138,10 +138,12 @@ class Preparation:
     def _model_fn_call(self) -> ModelFnCall:
         topology = self._session.backend.topology
         params = {**self._params, "use_tpu": self._on_xla}
-        if self.plan.replica_batch_size is not None:
-            params["batch_size"] = self.plan.replica_batch_size
+        batch_size = self.plan.replica_batch_size
+        if batch_size is not None:
+            batch_size *= topology.replicas_per_program
+            params["batch_size"] = batch_size
         if self._is_joined:
             params["context"] = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas)
         return ModelFnCall(
             model_fn=self._model_fn, mode=self._mode, params=params, config=self._config, on_xla=self._is_joined,
-            batch_size=self.plan.replica_batch_size if self._is_joined else None, num_replicas=topology.num_replicas)
+            batch_size=batch_size if self._is_joined else None, num_replicas=topology.num_replicas)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tpuspec.loops.session import Session
+from tpuspec.mesh import format_mesh
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import EvalResult
 from tpuspec.summary.writer import SummaryWriter
@@ -27,6 +28,7 @@ def banner_facts(session: Session, *, model_dir: str, batch_sizes: Mapping[ModeK
     sizes = [f"{names[mode]} {size}" for mode, size in batch_sizes.items() if size is not None]
     return {
         "devices": f"{len(topology.devices)} x {topology.platform} ({topology.reason})",
+        **({"mesh": format_mesh(topology.mesh)} if topology.mesh else {}),
         "replicas": str(topology.num_replicas),
         "steps": session.backend.step_kind,
         "parameters": f"{session.num_parameters:,}",

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 from torch import Tensor
 from torch_xla._dynamo.dynamo_bridge import alias_with_buffer_donor_config
 
@@ -39,9 +41,45 @@ class GraphInput:
     value: Tensor
 
 
-def send(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
-    """Copies host tensors to a device in one call."""
-    return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), None) if tensors else []
+def send(tensors: Sequence[Tensor], device: str, shardings: Sequence[Any] | None = None) -> list[Tensor]:
+    """Copies host tensors to a device in one call; to all devices of SPMD, split as `shardings` say or whole."""
+    return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), shardings) if tensors else []
+
+
+def send_copy(tensor: Tensor, device: str) -> Tensor:
+    """Returns a device tensor of the same values and sharding, with a buffer of its own."""
+    (copied,) = send(fetch([tensor]), device)
+    if (sharding := _C._get_xla_op_sharding(tensor)) is not None:
+        constrain(copied, sharding)
+    return copied
+
+
+def constrain(tensor: Tensor, sharding: Any) -> None:
+    """Fixes how a tensor lies on the devices of SPMD: a pending one in its graph, data by moving it.
+
+    Data that is split in another way cannot be moved so.
+    """
+    _C._xla_mark_sharding(tensor, sharding)
+
+
+def sharding_text(tensor: Tensor) -> str:
+    """Returns how data lies on the devices of SPMD, in XLA's words; '' where it was not sent yet."""
+    return _C._get_xla_sharding_spec(tensor)
+
+
+def local_shards(tensors: Sequence[Tensor]) -> list[list[tuple[tuple[slice, ...], Tensor]]]:
+    """Copies the parts of tensors from the devices of SPMD: for each device the place and the values, padded behind."""
+    if not tensors:
+        return []
+    values, places = _C._get_local_shards(list(tensors)), _C._get_local_shard_replica_and_indices(list(tensors))
+    return [[(tuple(index) if isinstance(index, list) else (index,), value)
+             for (value, _), (_, index) in zip(parts, indices, strict=True)]
+            for parts, indices in zip(values, places, strict=True)]
+
+
+def computed(tensor: Tensor) -> Tensor:
+    """Returns a pending tensor of the same values: one that is an output of the graph, with a buffer of its own."""
+    return torch.logical_or(tensor, tensor) if tensor.dtype is torch.bool else tensor.detach().mul(1)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -56,6 +94,9 @@ def use_device(device: str) -> None:
 
 def handles(tensors: Sequence[Tensor]) -> list[int]:
     """Returns the device buffer behind each tensor; none may be pending."""
+    if xr.is_spmd():
+        # A tensor of a program that is not launched yet has no parts, and torch_xla would read the first of them.
+        _C._xla_wait_device_ops([])
     return _C._get_tensors_handle(list(tensors)) if tensors else []
 
 

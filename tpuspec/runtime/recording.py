@@ -115,7 +115,7 @@ def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
     seen: set[int] = set()
     for tensor, handle in zip(tensors, graph.handles(tensors), strict=True):
         if handle in seen:
-            graph.publish(tensor, graph.inner(graph.send(graph.fetch([tensor]), device)[0]))
+            graph.publish(tensor, graph.inner(graph.send_copy(tensor, device)))
         seen.add(handle)
 
 
@@ -177,7 +177,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         if not is_pending:
             if graph.tensor_id(tensor) == before.numbers.get(slot):
                 continue
-            graph.publish(tensor, graph.inner(_computed(tensor)))
+            graph.publish(tensor, graph.inner(graph.computed(tensor)))
         recording.written.append(slot)
     recording.roots = [after[slot] for slot in recording.written]
     places: dict[int, int] = {}
@@ -189,7 +189,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
                 recording.sources.append(source)
                 continue
             # Of the state, whose buffer the next step writes, or a constant of Python's.
-            tensor = recording.tensors[number] = _computed(tensor)
+            tensor = recording.tensors[number] = graph.computed(tensor)
         place = places.setdefault(graph.tensor_id(tensor), len(recording.roots))
         if place == len(recording.roots):
             recording.roots.append(tensor)
@@ -207,11 +207,6 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         recording.values.append(found.value)
     if watch:
         recording.numbers = graph.fetch(recording.constants)
-
-
-def _computed(tensor: Tensor) -> Tensor:
-    """Returns a pending tensor of the same values: one that is an output of the graph, with a buffer of its own."""
-    return torch.logical_or(tensor, tensor) if tensor.dtype is torch.bool else tensor.detach().mul(1)
 
 
 def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:

@@ -10,6 +10,7 @@ from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.compile_cache import initialize_compile_cache
 from tpuspec.runtime.native import NativeBackend
+from tpuspec.runtime.topology import wanted_devices
 from tpuspec.spec.backend import Backend
 
 PJRT_DEVICE = "PJRT_DEVICE"
@@ -40,9 +41,15 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
             f"WORLD_SIZE={num_workers} and use_tpu=True. "
             "XLA finds the hosts of a TPU pod itself: start one process a host, without torchrun.")
     platform, reason = choose_platform()
-    if platform == "CPU" and config.tpu_config.num_shards is not None:
-        _make_cpu_devices(config.tpu_config.num_shards)
+    wanted = wanted_devices(config.tpu_config)
+    if platform == "CPU" and wanted is not None:
+        _make_cpu_devices(wanted)
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
+    if config.tpu_config.is_spmd:
+        from tpuspec.runtime.xla_spmd import XlaSpmd
+
+        initialize_compile_cache(config, platform)
+        return XlaSpmd.start(config, platform=platform, reason=reason)
     from tpuspec.runtime.xla_replicas import XlaReplicas
 
     initialize_compile_cache(config, platform)

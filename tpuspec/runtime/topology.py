@@ -1,9 +1,12 @@
-"""How many replicas the found devices make, and whether that is what the settings ask for."""
+"""How many replicas, or which mesh, the found devices make, and whether that is what the settings ask for."""
 
 from __future__ import annotations
 
+import math
+
 from tpuspec.config import InputPipelineConfig, TPUConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.mesh import DATA_AXIS, default_mesh, format_mesh
 
 
 def count_replicas(config: TPUConfig, *, num_devices: int, num_devices_per_host: int) -> int:
@@ -36,3 +39,35 @@ def count_replicas(config: TPUConfig, *, num_devices: int, num_devices_per_host:
             "a replica may span hosts in PER_HOST_V2 only; got num_cores_per_replica: "
             f"{cores}, num_cores_per_host: {num_devices_per_host}.")
     return num_replicas
+
+
+def mesh_axes(config: TPUConfig, *, num_devices: int) -> dict[str, int]:
+    """Returns the axes of the mesh that the devices of one host make, all of them.
+
+    Raises:
+      DeviceError: there is no device, or the cores of a replica do not divide them.
+      ConfigError: the mesh needs another number of devices, or the settings do not fit one another.
+    """
+    axes = config.mesh
+    if axes is None:
+        axes = default_mesh(count_replicas(config, num_devices=num_devices, num_devices_per_host=num_devices),
+                            config.cores_per_replica)
+    needed = math.prod(axes.values())
+    if needed != num_devices:
+        raise ConfigError(f"the mesh ({format_mesh(axes)}) needs {needed} devices, and {num_devices} are there; a mesh "
+                          "takes all devices. On a CPU, set CPU_NUM_DEVICES before the first XLA call of the process, "
+                          "or leave it unset: the first Trainer makes as many as its mesh needs.")
+    if config.fsdp and axes.get(DATA_AXIS, 1) == 1:
+        raise ConfigError(f"fsdp splits parameters over the mesh axis {DATA_AXIS!r}, and the mesh "
+                          f"({format_mesh(axes)}) has one device there. Set mesh, or num_shards, to have more, or leave "
+                          "fsdp out.")
+    return dict(axes)
+
+
+def wanted_devices(config: TPUConfig) -> int | None:
+    """Returns how many devices the settings ask for; None where they take what is found."""
+    if config.mesh is not None:
+        return math.prod(config.mesh.values())
+    if config.num_shards is None and config.cores_per_replica == 1:
+        return None
+    return (config.num_shards or 1) * config.cores_per_replica

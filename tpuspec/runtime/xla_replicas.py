@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,16 +11,16 @@ from typing import Any, TypeVar
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tpuspec.config import CaptureMode, RunConfig
-from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.errors import ConfigError
 from tpuspec.precision import reduction_dtype
 from tpuspec.runtime import graph
 from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.capture import CapturedStep
+from tpuspec.runtime.client import start_client
 from tpuspec.runtime.learning_rates import LearningRates, make_capturable
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.topology import count_replicas
@@ -66,31 +65,9 @@ class XlaReplicas:
           DeviceError: no device, or the client runs on another platform or with other devices.
           ConfigError: num_shards or num_cores_per_replica do not fit the devices.
         """
-        already_runs = torch_xla._XLAC._xla_runtime_is_initialized()
-        try:
-            num_devices = xr.addressable_device_count()
-            hardware = xm.xla_device_hw(torch_xla.device(0))
-        except (RuntimeError, OSError) as error:  # an OSError where libtpu is missing
-            raise DeviceError(
-                f"PJRT_DEVICE={platform} cannot be started: {str(error).splitlines()[0].rstrip('.')}. "
-                "Set PJRT_DEVICE=CPU to run without an accelerator.") from error
-        if already_runs and hardware != platform.split("_")[0]:
-            raise DeviceError(
-                f"The XLA client of this process already runs on {hardware}; PJRT_DEVICE={platform} came too late. "
-                "Set PJRT_DEVICE before the first XLA call of the process.")
-        if xr.process_count() > 1:
-            raise ConfigError(
-                f"this version of tpuspec drives the XLA devices of one host; {xr.process_count()} hosts were found. "
-                "Take a slice of one host, or use_tpu=False on CPUs or GPUs, which computes on several.")
-        shards = config.tpu_config.num_shards
-        is_cpu = hardware == "CPU"
-        if is_cpu and already_runs and _wanted_cpu_devices() != num_devices:
-            raise DeviceError(
-                f"The XLA client of this process already runs with {num_devices} CPU devices; CPU_NUM_DEVICES="
-                f"{_wanted_cpu_devices()} came too late. Set it before the first XLA call of the process.")
-        if (config.tpu_config.num_cores_per_replica or 1) > 1 or config.tpu_config.input_partition_dims is not None:
-            raise ConfigError("this version of tpuspec keeps each replica on one device. Leave num_cores_per_replica "
-                              "and input_partition_dims None.")
+        client = start_client(platform, spmd=False)
+        hardware, num_devices = client.hardware, client.num_devices
+        shards, is_cpu = config.tpu_config.num_shards, client.hardware == "CPU"
         if is_cpu and shards is not None:
             if num_devices % shards:
                 raise ConfigError(
@@ -220,10 +197,6 @@ class XlaReplicas:
         gathered = xm.all_gather(tensor, dim=0, groups=self._groups, pin_layout=False)
         graph.allow_execution(False)
         return gathered
-
-
-def _wanted_cpu_devices() -> int:
-    return int(os.environ.get("CPU_NUM_DEVICES", "1"))
 
 
 class SentBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -26,6 +26,8 @@ class Topology:
       num_hosts: processes with devices.
       host_index: this process among them.
       reason: why this platform was chosen, for the banner.
+      mesh: mesh axis -> its size, where XLA splits tensors over a mesh (SPMD).
+      replicas_per_program: replicas whose rows one program computes: 1, or under SPMD all of them.
     """
 
     platform: str
@@ -34,6 +36,8 @@ class Topology:
     num_hosts: int = 1
     host_index: int = 0
     reason: str = ""
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    replicas_per_program: int = 1
 
     @property
     def num_replicas(self) -> int:

@@ -1,0 +1,243 @@
+"""A mesh of 4 or 8 CPU devices against one device on the same global batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch_xla
+import torch_xla.debug.metrics as xla_metrics
+
+from tests.spmd import runs
+from tests.spmd.conftest import NUM_DEVICES, run_on_one_device
+from tpuspec import SessionRunHook
+from tpuspec.errors import ConfigError, DeviceError, SpecError
+
+MODEL = {"0.*": ["model", None], "3.weight": [None, "model"]}
+RULES = {"0.weight": ["model", None], "0.bias": ["model"], "3.weight": [None, "model"]}
+LAYOUTS = {
+    4: {
+        "data": ({"mesh": {"data": 4}}, {}),
+        "model": ({"mesh": {"model": 4}, "sharding": RULES},
+                  {"0.weight": [4, 8], "0.bias": [4], "3.weight": [8, 4]}),
+        "both": ({"mesh": {"data": 2, "model": 2}, "sharding": RULES},
+                 {"0.weight": [8, 8], "0.bias": [8], "3.weight": [8, 8]}),
+        "cores": ({"num_cores_per_replica": 2, "num_shards": 2, "sharding": {"0.weight": ["model", None]}},
+                  {"0.weight": [8, 8]}),
+        "fsdp": ({"mesh": {"data": 4}, "fsdp": True},
+                 {"0.weight": [4, 8], "0.bias": [4], "3.weight": [8, 4], "3.bias": [2]}),
+        "both and fsdp": ({"mesh": {"data": 2, "model": 2}, "sharding": RULES, "fsdp": True},
+                          {"0.weight": [8, 4], "0.bias": [8], "3.weight": [4, 8], "3.bias": [4]}),
+    },
+    8: {
+        "data": ({"mesh": {"data": 8}}, {}),
+        "model": ({"mesh": {"model": 8}, "sharding": RULES},
+                  {"0.weight": [2, 8], "0.bias": [2], "3.weight": [8, 2]}),
+        "both": ({"mesh": {"model": 4, "data": 2}, "sharding": RULES},
+                 {"0.weight": [4, 8], "0.bias": [4], "3.weight": [8, 4]}),
+        "fsdp": ({"mesh": {"data": 8}, "fsdp": True},
+                 {"0.weight": [2, 8], "0.bias": [2], "3.weight": [8, 2], "3.bias": [1]}),
+        "three axes": ({"mesh": {"data": 2, "rows": 2, "columns": 2}, "fsdp": True,
+                        "sharding": {"0.weight": [["rows", "columns"], None], "3.weight": ["rows", "columns"]}},
+                       {"0.weight": [4, 4], "0.bias": [8], "3.weight": [4, 8], "3.bias": [4]}),
+    },
+}.get(NUM_DEVICES, {})
+layouts = pytest.mark.parametrize(("settings", "shards"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def part_shapes(tensor):
+    """Shapes of a tensor's parts, one a device, as the devices hold them."""
+    sharding = torch_xla._XLAC._get_xla_sharding_spec(tensor)
+    if sharding == "":
+        return "not placed"
+    (parts,) = torch_xla._XLAC._get_local_shards([tensor])
+    assert len(parts) == NUM_DEVICES
+    return {tuple(values.shape) for values, _ in parts}
+
+
+def check_shards(trainer, shards):
+    """Parameters, and the optimizer state of each, have the parts that the table says, and no others."""
+    replica = trainer._sessions[True].replicas[0]
+    for name, parameter in replica.model.named_parameters():
+        expected = {tuple(shards.get(name, parameter.shape))}
+        assert part_shapes(parameter) == expected, name
+        for key, value in replica.optimizers[""].state[parameter].items():
+            if value.ndim:
+                assert part_shapes(value) == expected, (name, key)
+
+
+def check_equal(found, expected, atol=1e-5):
+    assert [item["step"] for item in found["records"]] == [item["step"] for item in expected["records"]]
+    assert [item["row"] for item in found["records"]] == [item["row"] for item in expected["records"]]
+    np.testing.assert_allclose([item["loss"] for item in found["records"]],
+                               [item["loss"] for item in expected["records"]], atol=atol)
+    for name, value in expected["weights"].items():
+        np.testing.assert_allclose(found["weights"][name], value, atol=atol, err_msg=name)
+    assert found["metrics"]["accuracy"] == expected["metrics"]["accuracy"]
+    assert found["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], abs=atol)
+    np.testing.assert_allclose(found["logits"], expected["logits"], atol=10 * atol)
+    assert found["rows"] == list(range(runs.NUM_EVAL_ROWS))
+
+
+@layouts
+@pytest.mark.parametrize("scenario", runs.SCENARIOS)
+def test_a_mesh_trains_evaluates_and_predicts_as_one_device_does(scenario, settings, shards, one_device, tmp_path):
+    trainer = runs.make(scenario, tmp_path, **settings)
+    found = runs.results(trainer)
+    check_equal(found, one_device[scenario])
+    assert trainer._sessions[True].backend.step_kind == "replay"
+    check_shards(trainer, shards)
+
+
+@layouts
+def test_replay_has_the_bits_of_tracing(settings, shards, tmp_path):
+    replayed = runs.results(runs.make("all", tmp_path / "on", **settings))
+    traced = runs.results(runs.make("all", tmp_path / "off", capture="off", **settings))
+    assert replayed == traced
+
+
+def first_layout(name="both"):
+    return LAYOUTS[name][0]
+
+
+def test_nothing_is_compiled_anew_once_a_mode_was_captured(tmp_path):
+    trainer = runs.make("all", tmp_path, **first_layout())
+    runs.results(trainer)
+    compiled = xla_metrics.counter_value("UncachedCompile")
+    trainer.train(runs.input_fn, steps=20)
+    trainer.evaluate(runs.input_fn)
+    list(trainer.predict(runs.input_fn))
+    assert xla_metrics.counter_value("UncachedCompile") == compiled
+
+
+def test_hooks_read_and_write_weights_that_keep_their_parts(tmp_path):
+    _, shards = LAYOUTS["both"]
+    seen = []
+
+    class Halve(SessionRunHook):
+        def after_run(self, context):
+            seen.append(context.model[0].weight.detach().cpu())
+            with torch.no_grad():
+                context.model[0].weight.mul_(0.5)
+
+    trainer = runs.make("plain", tmp_path, **first_layout())
+    trainer.train(runs.input_fn, steps=20, hooks=[Halve()])
+    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    check_shards(trainer, {**shards})
+    half = runs.weights(trainer)["0.weight"]
+    assert torch.equal(half, seen[1] * 0.5)
+
+
+def test_evaluation_between_two_trainings_leaves_no_trace(tmp_path):
+    alone, between = runs.make("all", tmp_path / "a", **first_layout()), runs.make("all", tmp_path / "b",
+                                                                                   **first_layout())
+    alone.train(runs.input_fn, max_steps=20)
+    between.train(runs.input_fn, max_steps=10)
+    between.evaluate(runs.input_fn)
+    between.train(runs.input_fn, max_steps=20)
+    for name, value in runs.weights(alone).items():
+        assert torch.equal(runs.weights(between)[name], value), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_goes_on_under_any_other_layout(layout, one_device, tmp_path):
+    settings, shards = LAYOUTS[layout]
+    first = runs.make("all", tmp_path, **first_layout("fsdp"))
+    first.train(runs.input_fn, max_steps=runs.NUM_STEPS)
+    other = runs.make("all", tmp_path, **settings)
+    whole = runs.make("all", tmp_path / "whole", **settings)
+    whole.train(runs.input_fn, max_steps=2 * runs.NUM_STEPS)
+    other.train(runs.input_fn, max_steps=2 * runs.NUM_STEPS)
+    check_shards(other, shards)
+    for name, value in runs.weights(whole).items():
+        torch.testing.assert_close(runs.weights(other)[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_of_a_mesh_goes_on_on_one_device_and_back(tmp_path):
+    trainer = runs.make("all", tmp_path / "mesh", **first_layout("fsdp"))
+    trainer.train(runs.input_fn, max_steps=runs.NUM_STEPS)
+    shutil.copytree(tmp_path / "mesh", tmp_path / "one")
+    run_on_one_device("resume", str(tmp_path / "one"))
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    check_equal(runs.results(trainer, 2 * runs.NUM_STEPS), one)
+    back = runs.make("all", tmp_path / "one", **first_layout())
+    back.train(runs.input_fn, max_steps=2 * runs.NUM_STEPS)
+    assert back.evaluate(runs.input_fn)["accuracy"] == one["metrics"]["accuracy"]
+    for name, value in one["weights"].items():
+        np.testing.assert_array_equal(runs.weights(back)[name].numpy(), np.float32(value), err_msg=name)
+
+
+@pytest.mark.parametrize(("sharding", "match"), [
+    ({"nothing.*": ["model", None]}, r"matches no parameter of the model; it has 4, such as"),
+    ({"0.weight": ["model"]}, r"has 1 entries, one a dimension; it matches 0.weight, which has 2: shape \[16, 8\]"),
+    ({"3.odd": ["model", None]}, r"splits dimension 0 of 3.odd, shape \[3, 8\], in \d \(model: \d\)"),
+], ids=["no match", "rank", "not divisible"])
+def test_a_rule_that_does_not_fit_is_refused_before_anything_is_compiled(sharding, match, tmp_path):
+    class Odd(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(*runs.net({}))
+            if "3.odd" in sharding:
+                self[3].odd = torch.nn.Parameter(torch.zeros(3, 8))
+
+    compiled = xla_metrics.counter_value("UncachedCompile")
+    mesh = {"data": NUM_DEVICES // 2, "model": 2}
+    trainer = runs.make("plain", tmp_path, mesh=mesh, sharding=sharding, model=lambda params: Odd())
+    with pytest.raises(ConfigError, match=match):
+        trainer.train(runs.input_fn, steps=1)
+    assert xla_metrics.counter_value("UncachedCompile") == compiled
+
+
+def test_a_sum_over_replicas_is_refused(tmp_path):
+    def summing(features, labels, mode, params, model, optimizer, global_step):
+        spec = runs.model_fn(features, labels, mode, params, model, optimizer, global_step)
+        return spec.replace(train_op=runs.CrossShardOptimizer(optimizer, reduction="sum").minimize(spec.loss))
+
+    with pytest.raises(SpecError, match="one program computes the loss over the rows of all replicas"):
+        runs.make("plain", tmp_path, fn=summing, mesh={"data": NUM_DEVICES}).train(runs.input_fn, steps=1)
+
+
+def test_settings_that_a_mesh_cannot_honour_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="BROADCAST gives every replica the same rows"):
+        runs.make("plain", tmp_path, mesh={"data": NUM_DEVICES},
+                  per_host_input_for_training="BROADCAST").train(runs.input_fn, steps=1)
+    with pytest.raises(ConfigError, match=rf"mesh \(data: 3\) needs 3 devices, and {NUM_DEVICES} are there"):
+        runs.make("plain", tmp_path, mesh={"data": 3}).train(runs.input_fn, steps=1)
+    with pytest.raises(ConfigError, match=r"fsdp splits parameters over the mesh axis 'data'.*has one device there"):
+        runs.make("plain", tmp_path, num_cores_per_replica=NUM_DEVICES, fsdp=True).train(runs.input_fn, steps=1)
+
+
+def test_a_trainer_without_a_mesh_is_told_that_this_process_has_one(tmp_path):
+    runs.make("plain", tmp_path / "mesh", mesh={"data": NUM_DEVICES}).train(runs.input_fn, steps=1)
+    with pytest.raises(DeviceError, match=r"runs with a mesh.*or run it in a process of its own"):
+        runs.make("plain", tmp_path / "none").train(runs.input_fn, steps=1)
+
+
+@pytest.mark.parametrize("deployment", ["PER_HOST_V1", "PER_HOST_V2", "PER_SHARD_V1"])
+def test_input_fn_is_asked_for_the_rows_of_its_deployment(deployment, one_device, tmp_path):
+    asked = []
+
+    def noting(params, mode):
+        asked.append((mode, params["batch_size"], params["context"].num_replicas))
+        return runs.input_fn(params, mode)
+
+    trainer = runs.make("plain", tmp_path, mesh={"data": NUM_DEVICES}, per_host_input_for_training=deployment)
+    runs.RECORDS.clear()
+    if deployment == "PER_SHARD_V1":
+        trainer.evaluate(noting)
+        assert asked == [("eval", runs.BATCH, NUM_DEVICES)]
+        return
+    trainer.train(noting, steps=5)
+    size = runs.BATCH if deployment == "PER_HOST_V1" else runs.BATCH // NUM_DEVICES
+    assert asked == [("train", size, NUM_DEVICES)]
+    rows = [item["row"] for item in runs.RECORDS]
+    assert rows == [item["row"] for item in one_device["plain"]["records"][:5]]
+    assert math.isfinite(runs.RECORDS[-1]["loss"])
+
+
+def test_the_first_trainer_made_the_devices():
+    assert os.environ["CPU_NUM_DEVICES"] == str(NUM_DEVICES)
