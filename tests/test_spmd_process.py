@@ -1,4 +1,4 @@
-"""Runs tests/spmd, and the conformance tests that need a mesh, in processes whose XLA client has 4 and 8 CPU devices."""
+"""Runs the tests that need a mesh in processes whose XLA clients have 4 and 8 CPU devices."""
 
 import os
 import subprocess

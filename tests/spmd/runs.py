@@ -91,8 +91,8 @@ def make(scenario, folder, *, capture="require", model=net, fn=model_fn, loop=10
     return Trainer(
         fn, model=model, optimizer=optimizer, scheduler=scheduler if params.get("schedule") else None, params=params,
         train_batch_size=BATCH, eval_batch_size=BATCH, predict_batch_size=BATCH, model_dir=folder,
-        config=RunConfig(seed=3, show_progress=False, capture=capture, audit_every_steps=15, save_checkpoints_steps=1000,
-                         tpu_config=TPUConfig(iterations_per_loop=loop, **tpu)))
+        config=RunConfig(seed=3, show_progress=False, capture=capture, audit_every_steps=15,
+                         save_checkpoints_steps=1000, tpu_config=TPUConfig(iterations_per_loop=loop, **tpu)))
 
 
 def weights(trainer):

@@ -59,8 +59,8 @@ def mesh_axes(config: TPUConfig, *, num_devices: int) -> dict[str, int]:
                           "or leave it unset: the first Trainer makes as many as its mesh needs.")
     if config.fsdp and axes.get(DATA_AXIS, 1) == 1:
         raise ConfigError(f"fsdp splits parameters over the mesh axis {DATA_AXIS!r}, and the mesh "
-                          f"({format_mesh(axes)}) has one device there. Set mesh, or num_shards, to have more, or leave "
-                          "fsdp out.")
+                          f"({format_mesh(axes)}) has one device there. Set mesh, or num_shards, to have more, or "
+                          "leave fsdp out.")
     return dict(axes)
 
 
