@@ -17,6 +17,7 @@ from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.data.position import Position
 from tpuspec.data.prefetch import PrefetchedBatches
+from tpuspec.errors import ConfigError
 from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
@@ -81,6 +82,9 @@ class Preparation:
         self._model_fn, self._params, self._config = model_fn, params, config
         self._session, self._mode, self._on_xla, self._seed = session, mode, on_xla, seed
         self._batch_axis = batch_axis or BatchAxis()
+        if session.backend.topology.mesh and not self._batch_axis.is_first:
+            raise ConfigError("batch_axis puts rows on other axes than 0; a mesh splits the rows of axis 0. Leave "
+                              "batch_axis out, and transpose in model_fn.")
         topology = session.backend.topology
         # Several hosts bring host tensors together as XLA's replicas do, so that metric_fn sees all rows.
         self._is_joined = on_xla or topology.num_hosts > 1
