@@ -115,6 +115,12 @@ def num_pending(device: str) -> int:
     return sum(_C._check_device_tensor_need_materialization(device))
 
 
+def host_ops() -> dict[str, int]:
+    """Counts, by name, what torch_xla has computed on the host of this process, as XLA has no such operation."""
+    return {name.removeprefix("aten::"): _C._xla_counter_value(name) for name in _C._xla_counter_names()
+            if name.startswith("aten::")}
+
+
 def materialize(tensors: Sequence[Tensor], device: str) -> None:
     """Runs what is pending behind some tensors; does not wait for it."""
     _C._xla_sync_multi(list(tensors), [device], False, True)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from tpuspec.runtime import graph
+from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.learning_rates import LearningRates
 from tpuspec.runtime.python_state import HostCode, changed, memory_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
@@ -142,7 +139,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
     memory = memory_of(step, replica, host_code) if watch else {}
     try:
-        with _ReadWatch() as reads, rates.in_place(replica, sent):
+        with HostReads() as reads, rates.in_place(replica, sent):
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
@@ -152,10 +149,8 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica))
     if watch:
-        if reads.place is not None:
-            recording.notes.append(
-                f"it reads a value from the device at {reads.place}: .item(), .cpu(), print and `if` on a tensor wait "
-                "for the device. Return the tensor in host_call instead")
+        if (note := reads.note()) is not None:
+            recording.notes.append(note)
         functions = output.functions
         host_code = HostCode.of([functions.metric_fn, functions.host_call])
         if moved := changed(memory, memory_of(step, replica, host_code)):
@@ -310,44 +305,6 @@ def _kind_of(was: Tensor, now: Tensor, replica: Replica) -> str:
 
 def _value(tensor: Tensor) -> str:
     return f"{tensor.item():.6g}" if tensor.numel() == 1 else f"{tensor.numel()} values"
-
-
-_READERS = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__format__",
-                      "__repr__", "__array__", "nonzero", "is_nonzero", "equal", "allclose"})
-
-
-class _ReadWatch(TorchFunctionMode):
-    """Notes where this thread reads a value from the device: the worker reads others at the same time.
-
-    Attributes:
-      place: FILE:LINE of the first read; None where there was none.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place: str | None = None
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.place is None and (name in _READERS or name == "to") and _reads_device(name, args):
-            self.place = _user_place(sys._getframe(1))
-        return func(*args, **(kwargs or {}))
-
-
-def _reads_device(name: str, args: Any) -> bool:
-    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "xla":
-        return False
-    return name != "to" or any(str(arg).startswith("cpu") for arg in args[1:])
-
-
-def _user_place(frame: FrameType | None) -> str:
-    """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "tpuspec.", "torch_xla.")):
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "a place in torch"
 
 
 @contextlib.contextmanager
