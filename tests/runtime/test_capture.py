@@ -82,7 +82,7 @@ class TiedText(nn.Module):
 
 
 def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None, steps=NUM_STEPS, config=None,
-        loop=10, **arguments):
+        loop=10, hooks=(), **arguments):
     """Trains a copy of a model; returns (losses, state dict, Trainer)."""
     torch.manual_seed(11)
     RECORDED.clear()
@@ -93,7 +93,7 @@ def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None,
         config=RunConfig(seed=5, show_progress=False, capture=capture, audit_every_steps=9, save_checkpoints_steps=None,
                          save_checkpoints_secs=None, tpu_config=TPUConfig(iterations_per_loop=loop), **(config or {})),
         **arguments)
-    trainer.train(input_fn, steps=steps)
+    trainer.train(input_fn, steps=steps, hooks=list(hooks))
     session = trainer._sessions[True]
     state = session.model_state()
     for optimizer_ in session.replicas[0].optimizers.values():

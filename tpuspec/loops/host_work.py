@@ -17,6 +17,7 @@ from tpuspec.host.drain import DrainedStep
 from tpuspec.host.executor import host_call_error
 from tpuspec.host.metric_state import MetricState
 from tpuspec.spec.host_call import call_host_function
+from tpuspec.spec.user_threads import USER_THREADS
 from tpuspec.summary.progress import Progress
 from tpuspec.summary.writer import SummaryWriter
 
@@ -31,7 +32,8 @@ def run_host_function(name: str, fn: Callable[..., Any], tensors: Any, *, step: 
       HostCallError: it raised; the error names the function and the step.
     """
     try:
-        return call_host_function(name, fn, tensors)
+        with USER_THREADS.running():
+            return call_host_function(name, fn, tensors)
     except Exception as error:
         raise host_call_error(name, step, error, global_step=global_step) from error
 

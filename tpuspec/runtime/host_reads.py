@@ -55,7 +55,8 @@ class HostReads(TorchFunctionMode):
                 "or compute it in input_fn or host_call")
 
     def _new_op(self) -> str | None:
-        return next((op for op, count in graph.host_ops().items() if count != self._ops.get(op, 0)), None)
+        return next((op.partition(".")[0] for op, count in graph.host_ops().items()
+                     if count != self._ops.get(op, 0)), None)
 
 
 def _reads_device(name: str, args: Any) -> bool:

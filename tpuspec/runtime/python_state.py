@@ -29,6 +29,7 @@ from tpuspec.spec.backend import Replica
 Snapshot = dict[str, Any]
 """Path of a value -> what it is compared by."""
 
+_RANDOM = ("Python's random numbers, random", "numpy's random numbers, np.random", "torch's random numbers on the host")
 _MAX_DEPTH = 8
 _MAX_ITEMS = 200
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
@@ -91,9 +92,9 @@ def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -
                     snapshot[f"{path} state {index} {key}"] = repr(value) if isinstance(value, _SIMPLE) else id(value)
                 elif value.device.type == "cpu":
                     snapshot[f"{path} state {index} {key}"] = (id(value), value._version)
-    snapshot["Python's random numbers, random"] = _digest(repr(random.getstate()).encode())
-    snapshot["numpy's random numbers, np.random"] = _digest(repr(np.random.get_state(legacy=False)).encode())
-    snapshot["torch's random numbers on the host"] = _digest(torch.get_rng_state().numpy().tobytes())
+    snapshot[_RANDOM[0]] = _digest(repr(random.getstate()).encode())
+    snapshot[_RANDOM[1]] = _digest(repr(np.random.get_state(legacy=False)).encode())
+    snapshot[_RANDOM[2]] = _digest(torch.get_rng_state().numpy().tobytes())
     return snapshot
 
 
@@ -101,6 +102,11 @@ def changed(before: Snapshot, after: Snapshot) -> list[str]:
     """Names what differs between two snapshots, old and new, as far as the newer one has it."""
     return [f"{path} ({_short(before.get(path, _Absent))} -> {_short(after[path])})"
             for path in after if before.get(path, _Absent) != after[path]]
+
+
+def is_random_state(change: str) -> bool:
+    """Whether a line of `changed` is of the process's random state, which all its threads share."""
+    return change.startswith(_RANDOM)
 
 
 class _Absent:

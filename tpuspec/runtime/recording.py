@@ -15,10 +15,11 @@ from torch import Tensor
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.learning_rates import LearningRates
-from tpuspec.runtime.python_state import HostCode, changed, memory_of
+from tpuspec.runtime.python_state import HostCode, changed, is_random_state, memory_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.spec.user_threads import USER_THREADS
 
 
 class Source(NamedTuple):
@@ -51,6 +52,7 @@ class Recording:
       roots: what the graph computes: slots, then tensors for the host, then tensors that Python code keeps.
       slots: the state's tensors after the step.
       notes: why this step could not be replayed, one line each.
+      is_doubtful: whether the only reason may be the doing of another thread.
       graph: hash of the compiled graph.
     """
 
@@ -67,6 +69,7 @@ class Recording:
     roots: list[Tensor] = field(default_factory=list)
     slots: dict[Slot, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_doubtful: bool = False
     graph: bytes = b""
 
 
@@ -137,6 +140,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
     sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
     sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
+    mark = USER_THREADS.mark()
     memory = memory_of(step, replica, host_code) if watch else {}
     try:
         with HostReads() as reads, rates.in_place(replica, sent):
@@ -154,7 +158,10 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
         functions = output.functions
         host_code = HostCode.of([functions.metric_fn, functions.host_call])
         if moved := changed(memory, memory_of(step, replica, host_code)):
-            recording.notes.append("it changes what Python code remembers: " + "; ".join(moved[:3])
+            recording.is_doubtful = (not recording.notes and all(map(is_random_state, moved))
+                                     and USER_THREADS.ran_since(mark))
+            whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
+            recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
     _wire(recording, before, arguments, sources, device, watch=watch)
     return recording
@@ -206,14 +213,14 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
 
 def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:
     """Makes roots of pending tensors that Python code keeps beside the spec: they would never get a value."""
-    if any(slot.kind == GRADIENT for slot in before.slots):
-        return  # autograd keeps gradients that were accumulated, and Python has no name for them
     seen = [*recording.roots, *before.slots.values()]
     known = {graph.tensor_id(tensor) for tensor, waits in zip(seen, graph.pending(seen), strict=True) if waits}
-    if graph.num_pending(device) <= len(known):
+    # A gradient is a view of what autograd keeps, which Python has no name for.
+    num_known = len(known) + sum(slot.kind == GRADIENT for slot in [*recording.written, *recording.dropped])
+    if graph.num_pending(device) <= num_known:
         return
     gc.collect()  # cycles may hold the tensors of a spec that is gone
-    if graph.num_pending(device) <= len(known):
+    if graph.num_pending(device) <= num_known:
         return
     kept = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device.type == "xla"
             and str(item.device) == device]
