@@ -38,7 +38,7 @@ from tpuspec.spec.results import Batch, StepOutput
 logger = logging.getLogger(__name__)
 
 _MAX_TRACES = 4
-_MAX_DOUBTFUL_TRACES = 16
+_MAX_DOUBTFUL_TRACES = 6
 _QUIET_CAPTURES = 2
 
 
