@@ -1,4 +1,4 @@
-"""Rows BATCH-01 .. BATCH-14 of the conformance list: batch sizes, and which call of input_fn feeds whom."""
+"""Rows BATCH-01 .. BATCH-15 of the conformance list: batch sizes, and which call of input_fn feeds whom."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tests.several_replicas import use_fake
 from tpuspec import InputPipelineConfig, ModeKeys, TPUConfig
 from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input
+from tpuspec.runtime.topology import count_replicas
 
 V1, V2, PER_CORE = InputPipelineConfig.PER_HOST_V1, InputPipelineConfig.PER_HOST_V2, InputPipelineConfig.PER_SHARD_V1
 BROADCAST, SLICED = InputPipelineConfig.BROADCAST, InputPipelineConfig.SLICED
@@ -83,6 +84,17 @@ def test_batch_03_each_step_draws_a_batch_a_replica_in_replica_order(tmp_path, m
     fed = [batch.features.flatten().tolist() for batch in fakes[0].fed[-1]]
     assert fed == [[8, 9], [10, 11]]
     assert len(rows) == 12
+
+
+def test_batch_04_a_replica_that_spans_hosts_is_fed_by_the_host_of_its_first_core():
+    assert count_replicas(TPUConfig(num_cores_per_replica=16, per_host_input_for_training=V2), num_devices=32,
+                          num_devices_per_host=8) == 2
+    made = plan(V2, 512, hosts=4, replicas=2)
+    assert deployments(made, 4, 2) == [(0, 0, 2, 1), (2, 1, 2, 1)]
+    assert [(call.batch_size, call.batches_per_step, call.first_replica) for call in made.calls] == [
+        (256, 1, 0), (256, 1, 1)]
+    assert [len(made.on_host(host)) for host in range(4)] == [1, 0, 1, 0]
+    assert made.replica_batch_size == 256
 
 
 @pytest.mark.parametrize("mode", list(ModeKeys))
@@ -189,6 +201,45 @@ def test_batch_12_the_context_tells_replicas_and_hosts(tmp_path, monkeypatch, pa
     assert seen == [(2, 1, 0, 2, [0, 1], {"host:0/cpu"})]
 
 
+def asking(seen, question):
+    """A model_fn that asks its context something."""
+    def asking_model_fn(features, labels, mode, params, model, optimizer):
+        seen.append(question(params["context"]))
+        return make_spec(mode, model(features), labels, optimizer)
+
+    return asking_model_fn
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize(("name", "question"), [
+    ("current_input_fn_deployment", lambda context: context.current_input_fn_deployment()),
+    ("current_host", lambda context: context.current_host)])
+def test_batch_13_what_belongs_to_input_fn_is_a_runtime_error_in_model_fn(tmp_path, verb, name, question):
+    with pytest.raises(RuntimeError, match=f"{name} must not be called from model_fn"):
+        run(make_trainer(tmp_path, asking([], question)), verb)
+
+
+def test_batch_13_device_assignment_is_a_runtime_error_in_input_fn(tmp_path):
+    with pytest.raises(RuntimeError, match="device_assignment must not be called from input_fn"):
+        make_trainer(tmp_path).evaluate(lambda params: params["context"].device_assignment)
+
+
+@pytest.mark.parametrize("cores", [None, 1])
+def test_batch_13_model_fn_has_a_device_assignment_where_num_cores_per_replica_is_set(tmp_path, cores):
+    trainer = make_trainer(tmp_path, asking(seen := [], lambda context: context.device_assignment),
+                           config=make_config(tpu_config=TPUConfig(num_cores_per_replica=cores)))
+    trainer.train(input_fn, steps=1)
+    if cores is None:
+        assert set(seen) == {None}
+    else:
+        assert {(found.num_replicas, found.num_cores_per_replica, found.tpu_ordinal()) for found in seen} == {(1, 1, 0)}
+
+
+def test_batch_13_the_replicas_of_a_host_are_not_told_with_model_parallelism():
+    with pytest.raises(ValueError, match="num_of_replicas_per_host is not supported for model parallelism"):
+        _ = TPUContext(num_hosts=4, num_replicas=2, num_cores_per_replica=16).num_of_replicas_per_host
+
+
 @pytest.mark.parametrize("deployment", [V1, V2, BROADCAST])
 @pytest.mark.parametrize("mode", [ModeKeys.EVAL, ModeKeys.PREDICT])
 @pytest.mark.parametrize(("hosts", "replicas"), [(2, 2), (2, 16), (1, 1)])
@@ -197,3 +248,37 @@ def test_batch_14_evaluate_and_predict_are_planned_on_several_hosts_with_every_d
     made = plan(deployment, 32, hosts=hosts, replicas=replicas, mode=mode)
     fed = [call.first_replica + i for call in made.calls for i in range(call.num_replicas)]
     assert fed == list(range(replicas))
+
+
+@pytest.mark.parametrize(("devices", "settings", "kind", "message"), [
+    (0, {"num_cores_per_replica": 2, "num_shards": 3}, RuntimeError, "Cannot find any TPU cores"),
+    (8, {"num_cores_per_replica": 16, "num_shards": 3}, ValueError, "at most the number of cores found, 8; got 16"),
+    (6, {"num_cores_per_replica": 4, "num_shards": 3}, RuntimeError, "cannot be divided into replicas of 4"),
+    (32, {"num_cores_per_replica": 16, "num_shards": 3}, ValueError, r"it should be \(2\), got \(3\)"),
+    (32, {"num_cores_per_replica": 16}, ValueError, "num_cores_per_replica: 16, num_cores_per_host: 8"),
+    (32, {"num_cores_per_replica": 16, "per_host_input_for_training": V2}, None, "")])
+def test_batch_15_devices_are_checked_in_this_order(devices, settings, kind, message):
+    if kind is None:
+        assert count_replicas(TPUConfig(**settings), num_devices=devices, num_devices_per_host=8) == 2
+        return
+    with pytest.raises(kind, match=message):
+        count_replicas(TPUConfig(**settings), num_devices=devices, num_devices_per_host=8)
+
+
+@pytest.mark.parametrize(("verb", "name"), [("evaluate", "eval_batch_size"), ("predict", "predict_batch_size")])
+def test_batch_15_devices_come_before_the_batch_size_and_that_before_input_fn(tmp_path, verb, name):
+    def never(params):
+        pytest.fail("was called")
+
+    trainer = make_trainer(tmp_path / "a", **{name: None}, config=make_config(tpu_config=TPUConfig(num_shards=16)))
+    with pytest.raises((ValueError, RuntimeError), match="num_shards is not set correctly|CPU_NUM_DEVICES"):
+        run(trainer, verb, never)
+    with pytest.raises(ValueError, match=f"{name} in TPUEstimator constructor cannot be `None`"):
+        run(make_trainer(tmp_path / "b", **{name: None}), verb, never)
+
+
+def test_batch_15_a_missing_batch_size_comes_before_one_that_does_not_divide():
+    with pytest.raises(ValueError, match="cannot be `None`"):
+        plan(V1, None)
+    with pytest.raises(ValueError, match="must be divisible"):
+        plan(V1, 33)

@@ -97,6 +97,14 @@ def test_eval_04_steps_that_are_no_positive_int_are_refused(tmp_path, use_tpu, s
         make_trainer(tmp_path, use_tpu=use_tpu).evaluate(input_fn, steps=steps)
 
 
+def test_eval_04_hooks_are_checked_before_the_batch_size_and_that_before_steps(tmp_path):
+    trainer = make_trainer(tmp_path, eval_batch_size=None)
+    with pytest.raises(TypeError, match="must be.*SessionRunHook"):
+        trainer.evaluate(input_fn, steps=12.3, hooks=["no hook"])
+    with pytest.raises(ValueError, match="eval_batch_size .* cannot be `None`"):
+        trainer.evaluate(input_fn, steps=12.3)
+
+
 @both_paths
 def test_eval_04_without_steps_it_runs_to_the_end_of_the_input(tmp_path, use_tpu):
     recorder = StepRecorder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import itertools
 from types import SimpleNamespace
@@ -655,6 +656,33 @@ def test_sig_11_model_fn_gets_the_nesting_and_types_that_the_input_yields(tmp_pa
         assert got_structure == structure
         assert type(call.features) is type(features)
         assert [leaf.shape for leaf in got] == [leaf.shape for leaf in leaves]
+
+
+@dataclasses.dataclass
+class Registered:
+    image: torch.Tensor
+    mask: torch.Tensor
+
+
+torch.export.register_dataclass(Registered)
+
+
+@both_paths
+@every_verb
+def test_sig_11_a_dataclass_that_torch_knows_keeps_its_type_too(tmp_path, use_tpu, verb):
+    seen = []
+    run(make_trainer(tmp_path, watched(seen), use_tpu=use_tpu), verb,
+        lambda params: [(Registered(torch.ones(2, 1), torch.ones(2, 3)), torch.zeros(2, 1))] * 2)
+    assert {(type(call.features), call.features.mask.shape) for call in seen} == {(Registered, (2, 3))}
+
+
+def test_sig_11_a_dataclass_that_torch_does_not_know_is_told_how_to_register_it(tmp_path):
+    @dataclasses.dataclass
+    class Unknown:
+        image: torch.Tensor
+
+    with pytest.raises(TypeError, match=r"got Unknown\. Register the dataclass: torch.export.register_dataclass\("):
+        make_trainer(tmp_path).evaluate(lambda params: [Unknown(torch.ones(2, 1))])
 
 
 def test_sig_11_a_namedtuple_by_itself_is_features(tmp_path):

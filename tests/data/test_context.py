@@ -3,7 +3,7 @@
 import pytest
 
 from tpuspec.config import TPUConfig
-from tpuspec.data.context import InputContext, TPUContext
+from tpuspec.data.context import DeviceAssignment, InputContext, TPUContext
 from tpuspec.data.deployment import plan_input
 from tpuspec.errors import ConfigError, SpecUsageError
 from tpuspec.spec.mode import ModeKeys
@@ -60,3 +60,19 @@ def test_input_context_gives_the_rows_of_one_replica():
     assert context.get_per_replica_batch_size(512) == 16
     with pytest.raises(ConfigError, match="global batch size 127 must be divisible by number of replicas 32"):
         context.get_per_replica_batch_size(127)
+
+
+def test_batch_12_cores_of_a_replica_follow_one_another_over_hosts():
+    assignment = DeviceAssignment(num_hosts=4, num_replicas=2, num_cores_per_replica=16)
+    assert assignment.num_cores_per_host == 8
+    assert [assignment.host_device(1, core) for core in (0, 7, 8)] == ["host:2/cpu", "host:2/cpu", "host:3/cpu"]
+    assert [assignment.tpu_ordinal(0, core) for core in (0, 7, 8, 15)] == [0, 7, 0, 7]
+    assert [assignment.lookup_replicas(host) for host in range(4)] == [[0], [], [1], []]
+    assert TPUContext(num_hosts=4, num_replicas=2, num_cores_per_replica=16).device_for_replica(1) == ("host:2/cpu", 0)
+
+
+@pytest.mark.parametrize(("replica", "core", "message"), [
+    (2, 0, r"replica must be in 0 \.\. 1; got 2"), (0, 4, r"logical_core must be in 0 \.\. 3; got 4")])
+def test_a_core_that_does_not_exist_has_no_place(replica, core, message):
+    with pytest.raises(ConfigError, match=message):
+        DeviceAssignment(num_hosts=1, num_replicas=2, num_cores_per_replica=4).host_device(replica, core)

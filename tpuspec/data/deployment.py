@@ -84,7 +84,7 @@ def plan_input(
       mode: the mode.
       config: names the deployment.
       global_batch_size: rows of one step over all replicas.
-      num_hosts: hosts, each with the same number of replicas.
+      num_hosts: hosts, each with the same number of replicas, or fewer replicas that span equally many hosts each.
       num_replicas: replicas over all hosts.
 
     Raises:
@@ -113,6 +113,10 @@ def plan_input(
     elif deployment is InputPipelineConfig.PER_SHARD_V1:
         calls = [InputCall(index=r, num_calls=num_replicas, host=r // per_host, first_replica=r, num_replicas=1,
                            batch_size=replica_batch_size) for r in range(num_replicas)]
+    elif deployment is InputPipelineConfig.PER_HOST_V2 and num_replicas < num_hosts:
+        # The host that has a replica's first core feeds it.
+        calls = [InputCall(index=r, num_calls=num_replicas, host=r * (num_hosts // num_replicas), first_replica=r,
+                           num_replicas=1, batch_size=replica_batch_size, splits=False) for r in range(num_replicas)]
     elif deployment is InputPipelineConfig.PER_HOST_V2:
         calls = [InputCall(index=h, num_calls=num_hosts, host=h, first_replica=h * per_host, num_replicas=per_host,
                            batch_size=replica_batch_size, batches_per_step=per_host, splits=False)

@@ -160,7 +160,8 @@ class _Feed:
         topology = settings.topology
         if call.batch_size is not None:
             params["batch_size"] = call.batch_size
-        context = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas, call=call)
+        context = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas, call=call,
+                             num_cores_per_replica=settings.config.tpu_config.num_cores_per_replica)
         if settings.with_context:
             params["context"] = context
         source = call_by_name(settings.input_fn, {

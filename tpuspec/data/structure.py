@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,9 @@ def _to_tensor(name: str, leaf: object) -> Tensor:
             raise InputTypeError(f"{name} must be an array of numbers or booleans; got dtype {leaf.dtype}. "
                                  "Encode strings and objects as numbers in input_fn.")
         return torch.from_numpy(leaf if leaf.flags.writeable and leaf.flags.c_contiguous else leaf.copy())
-    raise InputTypeError(f"{name} must be a tensor or an array [batch, ...]; got {type(leaf).__name__}.")
+    mend = (f" Register the dataclass: torch.export.register_dataclass({type(leaf).__name__})."
+            if dataclasses.is_dataclass(leaf) else "")
+    raise InputTypeError(f"{name} must be a tensor or an array [batch, ...]; got {type(leaf).__name__}.{mend}")
 
 
 def named_leaves(batch: Batch) -> dict[str, Tensor]:

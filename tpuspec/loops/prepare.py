@@ -147,7 +147,9 @@ class Preparation:
             batch_size *= topology.replicas_per_program
             params["batch_size"] = batch_size
         if self._is_joined:
-            params["context"] = TPUContext(num_hosts=topology.num_hosts, num_replicas=topology.num_replicas)
+            params["context"] = TPUContext(
+                num_hosts=topology.num_hosts, num_replicas=topology.num_replicas,
+                num_cores_per_replica=self._config.tpu_config.num_cores_per_replica)
         return ModelFnCall(
             model_fn=self._model_fn, mode=self._mode, params=params, config=self._config, on_xla=self._is_joined,
             batch_size=batch_size if self._is_joined else None, num_replicas=topology.num_replicas)

@@ -230,6 +230,7 @@ class CapturedStep:
         for state, recording in zip(self._states, recordings, strict=True):
             graph.use_device(state.device)
             results.append(launch(recording))
+        graph.use_device(self._states[0].device)
         self._kept = results
         return [replace(recording.output, tensors=rebuild(recording.output.tensors, iter(
             _host_tensors(recording, result, batch))))
@@ -351,6 +352,8 @@ class CapturedStep:
             if self._several:
                 graph.use_device(state.device)
             results.append(graph.run(program.graph, feed) if program.graph else [])
+        if self._several:
+            graph.use_device(self._states[0].device)  # where another Trainer's single replica is
         # Only now may an old buffer die: its destruction waits for the step that uses it, and so for every replica.
         for state, result in zip(self._states, results, strict=True):
             values = state.values
