@@ -8,7 +8,6 @@ done once: where the step is compiled already, the first real result shows as so
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tpuspec.spec.backend import Backend, Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.hooks import SessionRunHook
 from tpuspec.spec.host_call import call_host_function, check_keywords, named_tensors
+from tpuspec.spec.instances import instances_of
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import Batch
 from tpuspec.spec.scaffold import Scaffold, make_scaffold
@@ -130,8 +130,7 @@ def _rehearse_metrics(metric_fn: Callable[..., Any], tensors: Any, tried: set[Ha
 @contextlib.contextmanager
 def _metrics_as_before() -> Iterator[None]:
     """Puts back the state of every metric of the process: metric_fn may update some that it does not return."""
-    # By the type's own bases: isinstance would ask objects of all kinds for their __class__.
-    metrics = [found for found in gc.get_objects() if Metric in type(found).__mro__]
+    metrics = instances_of(Metric)
     states = [(metric, metric._copy_state_dict(), metric._update_count, metric._computed) for metric in metrics]
     try:
         yield

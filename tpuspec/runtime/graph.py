@@ -5,7 +5,8 @@ Source: torch_xla/_dynamo/dynamo_bridge.py, which uses the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,16 @@ class GraphInput:
     tensor_id: int
     handle: int
     value: Tensor
+
+
+@contextlib.contextmanager
+def scalars_shared() -> Iterator[None]:
+    """Gives Python numbers of equal values one input of a graph within the block, in place of one each."""
+    _C._set_xla_enable_device_data_cache(True)
+    try:
+        yield
+    finally:
+        _C._set_xla_enable_device_data_cache(False)
 
 
 def send(tensors: Sequence[Tensor], device: str, shardings: Sequence[Any] | None = None) -> list[Tensor]:

@@ -18,6 +18,7 @@ from tpuspec.runtime.learning_rates import LearningRates
 from tpuspec.runtime.python_state import HostCode, changed, is_random_state, memory_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.spec.instances import instances_of
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.user_threads import USER_THREADS
 
@@ -143,7 +144,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     mark = USER_THREADS.mark()
     memory = memory_of(step, replica, host_code) if watch else {}
     try:
-        with HostReads() as reads, rates.in_place(replica, sent):
+        with HostReads() as reads, rates.in_place(replica, sent), graph.scalars_shared():
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
@@ -222,8 +223,7 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
     gc.collect()  # cycles may hold the tensors of a spec that is gone
     if graph.num_pending(device) <= num_known:
         return
-    kept = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device.type == "xla"
-            and str(item.device) == device]
+    kept = [item for item in instances_of(Tensor) if item.device.type == "xla" and str(item.device) == device]
     hidden = {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
               if is_pending}
     left = [tensor for number, tensor in hidden.items() if number not in known]
