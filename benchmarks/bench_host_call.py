@@ -1,19 +1,21 @@
 """What does a host_call cost a training step: none, a small one, 64x1000 floats, each on every step, and a slow one?
 
-    python benchmarks/bench_host_call.py [--workloads gpt cnn mlp] [--repeats 5] [--steps N]
+    python benchmarks/bench_host_call.py [--workloads gpt cnn mlp] [--repeats 9] [--steps N]
 
-All variants train the same network in one process, and their repeats interleave. The baseline, `none`, only drains its
-loss. Prints one JSON line for each variant (median milliseconds per step, smallest and largest, median ratio to the
-baseline of the same repeat). `slow` sleeps 20 ms a step: there the host is the limit, and the step must take that long.
+All variants train the same network in one process, are warm, and take turns. The baseline, `none`, only drains its
+loss. `slow` sleeps 20 ms a step: there the host is the limit, and the step must take that long. The first loop of each
+training, with the start of the input, is left out. A ratio is the median over the repeats of a variant's time to the
+baseline's in the same repeat. CPU is the processor time of all threads, which other work on the machine changes least;
+the device is a CPU here, so it is in it. Prints one JSON line for each variant, then a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 import torch
 import torch_xla
+from interleave import Cost, interleave, median_ratio, spread, table
 from step_contenders.workloads import WORKLOADS, loss_of
 
 import tpuspec
@@ -32,15 +35,17 @@ LARGE = (64, 1000)
 
 
 class Stopwatch(tpuspec.SessionRunHook):
+    """Notes what was spent by the start of each loop, and when all host work was done."""
+
     def __init__(self) -> None:
-        self.loop_starts: list[float] = []
-        self.end_time = 0.0
+        self.loop_starts: list[Cost] = []
+        self.end_of_work = Cost(0.0, 0.0)
 
     def before_run(self, context):
-        self.loop_starts.append(time.perf_counter())
+        self.loop_starts.append(Cost.now())
 
-    def end(self, context):  # all host work is done by now
-        self.end_time = time.perf_counter()
+    def end(self, context):
+        self.end_of_work = Cost.now()
 
 
 def model_fn_of(variant: str) -> Callable:
@@ -60,7 +65,7 @@ def model_fn_of(variant: str) -> Callable:
     return model_fn
 
 
-def prepare(workload_name: str, variant: str) -> Callable[[int], float]:
+def prepare(workload_name: str, variant: str) -> Callable[[int], Cost]:
     workload = WORKLOADS[workload_name]
     batches = workload.batches()
     loop_length = min(50, workload.num_steps)
@@ -71,10 +76,10 @@ def prepare(workload_name: str, variant: str) -> Callable[[int], float]:
         config=tpuspec.RunConfig(seed=0, show_progress=False, save_checkpoints_secs=None,
                                  tpu_config=tpuspec.TPUConfig(iterations_per_loop=loop_length)))
 
-    def measure(num_steps: int) -> float:
+    def measure(num_steps: int) -> Cost:
         stopwatch, total = Stopwatch(), loop_length + num_steps
         trainer.train(lambda params: (batches[k % len(batches)] for k in range(total)), hooks=[stopwatch], steps=total)
-        return (stopwatch.end_time - stopwatch.loop_starts[1]) / num_steps * 1e3
+        return (stopwatch.end_of_work - stopwatch.loop_starts[1]) / num_steps
 
     return measure
 
@@ -82,26 +87,31 @@ def prepare(workload_name: str, variant: str) -> Callable[[int], float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["gpt", "cnn", "mlp"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args(argv)
     logging.getLogger("tpuspec").setLevel(logging.ERROR)
+    rows: list[list[object]] = [["workload", "host_call", "ms/step", "min", "max", "x none", "CPU ms/step",
+                                 "x none in CPU time"]]
     for name in arguments.workloads:
         num_steps = arguments.steps or WORKLOADS[name].num_steps
-        measures = {variant: prepare(name, variant) for variant in VARIANTS}
-        for measure in measures.values():
+        variants = {variant: prepare(name, variant) for variant in VARIANTS}
+        for measure in variants.values():
             measure(5)  # compiles
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for _ in range(arguments.repeats):
-            for variant, measure in measures.items():
-                times[variant].append(measure(min(num_steps, 100) if variant == "slow" else num_steps))
-        for variant, values in times.items():
-            ratio = statistics.median(own / none for own, none in zip(values, times["none"], strict=True))
+        costs = interleave({variant: functools.partial(measure, min(num_steps, 50) if variant == "slow" else num_steps)
+                            for variant, measure in variants.items()}, arguments.repeats)
+        walls = {variant: [cost.wall * 1e3 for cost in taken] for variant, taken in costs.items()}
+        cpus = {variant: [cost.cpu * 1e3 for cost in taken] for variant, taken in costs.items()}
+        for variant in VARIANTS:
+            wall, cpu = spread(walls[variant], 4), spread(cpus[variant], 4)
+            ratio, cpu_ratio = (median_ratio(times[variant], times["none"]) for times in (walls, cpus))
             print(json.dumps({
                 "benchmark": "host_call", "workload": name, "host_call": variant, "metric": "step time", "unit": "ms",
-                "median": round(statistics.median(values), 4), "spread": [round(min(values), 4), round(max(values), 4)],
-                "ratio_to_none": round(ratio, 3), "repeats": arguments.repeats,
-                "versions": {"torch": torch.__version__, "torch_xla": torch_xla.__version__}}), flush=True)
+                **wall, "ratio_to_none": ratio, "cpu_ms": cpu["median"], "cpu_ratio_to_none": cpu_ratio,
+                "steps": num_steps, "versions": {"torch": torch.__version__, "torch_xla": torch_xla.__version__}}),
+                flush=True)
+            rows.append([name, variant, wall["median"], *wall["spread"], ratio, cpu["median"], cpu_ratio])
+    print(table(rows))
 
 
 if __name__ == "__main__":

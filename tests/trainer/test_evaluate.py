@@ -141,6 +141,17 @@ def test_metric_fn_is_tried_on_zeros_by_the_first_evaluation_only(tmp_path):
                 lambda params: [x[:4]])
 
 
+def test_named_evaluations_replay_one_captured_step_from_their_first_batch_on(tmp_path):
+    trainer = make_trainer(tmp_path, capture="require")
+    trainer.evaluate(rows_input(16))  # four batches: traced until two traces are equal, then replayed
+    compiled, results = num_compiles(), []
+    for name in ("a", "b", "c"):
+        results.append(trainer.evaluate(rows_input(4), name=name))
+        assert trainer._sessions[True].backend.step_kind == "replay"
+    assert num_compiles() == compiled
+    assert results[0] == results[1] == results[2]
+
+
 def test_an_evaluation_within_training_leaves_each_submodules_mode(tmp_path):
     modes = []
     trainer = make_trainer(tmp_path, model=batch_norm_net)

@@ -126,16 +126,16 @@ class _Mean:
         self._num_rows = 0
 
     def add(self, name: str, value: Tensor | float, num_rows: int) -> None:
-        tensor = torch.as_tensor(value).detach().cpu()
-        wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-        if wide.ndim == 0:
-            total = wide * num_rows
-        elif wide.shape[0] == num_rows:
-            total = wide.sum(0)
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        if tensor.ndim == 0:
+            total = tensor.to("cpu", wide) * num_rows
+        elif tensor.shape[0] == num_rows:
+            total = tensor.sum(0, dtype=wide).cpu()
         else:
             raise SpecTypeError(
                 f"metric {name!r} must be a number, or a tensor with one value per row, [{num_rows}, ...], which is "
-                f"averaged; got shape {list(wide.shape)}. Return (metric, arguments) for other values.")
+                f"averaged; got shape {list(tensor.shape)}. Return (metric, arguments) for other values.")
         self._total = total if self._total is None else self._total + total
         self._num_rows += num_rows
 

@@ -186,7 +186,7 @@ class LossMean:
 
     def add_examples(self, losses: Tensor) -> None:
         """Adds losses of real rows, [rows]."""
-        self._full[0] += losses.double().sum().item()
+        self._full[0] += losses.sum(dtype=torch.float64).item()
         self._full[1] += losses.shape[0]
 
     def add_batches(self, losses: Tensor, mask: Tensor) -> None:
