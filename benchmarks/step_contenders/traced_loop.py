@@ -14,7 +14,7 @@ NEEDS = ("torch_xla",)
 NUM_WARM_UP = 5
 
 
-def prepare(workload_name: str) -> Callable[[int], float]:
+def prepare(workload_name: str, *, capturable: bool = False) -> Callable[[int], float]:
     import torch_xla
     import torch_xla.core.xla_model as xm
 
@@ -22,6 +22,9 @@ def prepare(workload_name: str) -> Callable[[int], float]:
     device, batches = torch_xla.device(), workload.batches()
     module = workload.build_seeded().to(device)
     optimizer = workload.make_optimizer(module.parameters())
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = capturable
 
     def run(num_steps: int) -> None:
         for k in range(num_steps):
