@@ -29,6 +29,7 @@ from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
 from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
+from tpuspec.loops.memory import explain_out_of_memory
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
@@ -233,7 +234,8 @@ class Trainer:
             saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator), save_policy,
                         lambda: session.training_state(prepared.rehearsal.scaffold), listeners))
         self._banner(session)
-        with contextlib.closing(prepared.batches), contextlib.closing(self._writer(session, self.model_dir)) as writer:
+        with contextlib.closing(prepared.batches), contextlib.closing(
+                self._writer(session, self.model_dir, session.global_step)) as writer:
             self._training_input = prepared.batches
             try:
                 training.run(writer, last_step)
@@ -373,9 +375,9 @@ class Trainer:
         coordinator = self._session(self._use_tpu).backend.coordinator
         return coordinator.share(self.global_step())
 
-    def _writer(self, session: Session, folder: str) -> SummaryWriter:
+    def _writer(self, session: Session, folder: str, after_step: int | None = None) -> SummaryWriter:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
-        return create_file_writer(folder) if session.backend.coordinator.is_chief else MultiWriter(())
+        return create_file_writer(folder, after_step) if session.backend.coordinator.is_chief else MultiWriter(())
 
     def _watchdog(self) -> Watchdog:
         """Returns what watches one call."""
@@ -387,6 +389,7 @@ class Trainer:
         if is_agreed and isinstance(error, KeyboardInterrupt | SystemExit):
             return
         for session in self._sessions.values():
+            explain_out_of_memory(error, phase, self._batch_sizes, session.backend.topology.num_replicas)
             session.backend.coordinator.report(error, phase)
 
     def _save_policy(self, session: Session) -> SavePolicy:

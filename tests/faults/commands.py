@@ -112,6 +112,10 @@ class Run:
         (os.killpg if to_group else os.kill)(self.pid, number)
         self._begun = time.monotonic()
 
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text() if self._out.exists() else ""
+
     def wait_for(self, condition: Callable[[], object]) -> None:
         """Waits until something holds, while the run lives."""
         while not condition():
@@ -144,7 +148,8 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                # The session, for a loader's workers have a group of their own.
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process.pid)
             except (psutil.NoSuchProcess, ProcessLookupError):
                 continue

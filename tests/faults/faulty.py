@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 import tpuspec
 from tests.regression import regression_rows
 from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.spec.phase import current_phase
 
-USER_CODE = ("input_fn", "model_fn", "host_call", "metric_fn", "nowhere")
+USER_CODE = ("input_fn", "model_fn", "host_call", "metric_fn", "nowhere", "disk")
 
 
 def go_wrong(how: str) -> None:
@@ -50,6 +51,8 @@ def wait_for_phase(params) -> None:
 
 
 def model(params):
+    if params["place"] == "disk":
+        CheckpointStore.save = lambda store, state: time.sleep(1000)
     if params["place"] not in USER_CODE:
         threading.Thread(target=wait_for_phase, args=(params,), daemon=True).start()
     return nn.Sequential(nn.Linear(1, 8), *(nn.Linear(8, 8) for _ in range(params["num_layers"])), nn.Linear(8, 1))
@@ -115,7 +118,7 @@ def model_fn(features, labels, mode, params, model, optimizer, global_step):
         if num_traces == 2:  # behind the rehearsal
             go_wrong(params["how"])
     loss = losses.mean()
-    if params["how"] == "nan":
-        loss = torch.where(global_step[0] + 1 == params["step"], loss * float("nan"), loss)
+    if params["how"] == "not_a_number":
+        loss = loss * torch.where(global_step[0] + 1 == params["step"], float("nan"), 1.0)
     train_op = tpuspec.CrossShardOptimizer(optimizer).minimize(loss)
     return TPUEstimatorSpec(mode, loss=loss, train_op=train_op, host_call=(host_call, [global_step, loss.reshape(1)]))

@@ -137,3 +137,14 @@ def test_relative_folder_is_kept_when_the_working_directory_changes(tmp_path: Pa
     writer.scalar("loss", 1.0, 1)
     writer.close()
     assert len(read(tmp_path / "logs")) == 1
+
+
+def test_fault_54_lines_behind_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
+    for after_step, steps in ((0, [1, 2, 3, 4]), (2, [3, 4, 5])):
+        writer = JsonlWriter(tmp_path, after_step)
+        for step in steps:
+            writer.scalar("loss", 10 * after_step + step, step)
+        writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["value"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -2,6 +2,7 @@ import io
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ def test_scalars_are_read_back_with_their_steps(tmp_path: Path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert math.isnan(events.Scalars("nan")[0].value)
+
+
+def test_fault_54_what_a_run_wrote_behind_the_step_it_goes_on_from_is_hidden(tmp_path: Path):
+    for after_step, steps in ((0, [1, 2, 3, 4]), (2, [3, 4, 5])):
+        writer = TensorBoardWriter(tmp_path, after_step)
+        for step in steps:
+            writer.scalar("loss", 10 * after_step + step, step)
+        writer.close()
+        time.sleep(1.1)  # a file is named by the second it was made in
+    assert [(event.step, event.value) for event in read(tmp_path).Scalars("loss")] == [
+        (1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
 
 def test_histogram_and_text_are_read_back(tmp_path: Path):

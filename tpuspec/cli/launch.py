@@ -23,6 +23,7 @@ from tpuspec.errors import (
     HangError,
     HostCallError,
     HostFailureError,
+    NonFiniteLossError,
     TpuspecError,
 )
 from tpuspec.spec.phase import phase_of, step_of
@@ -100,7 +101,7 @@ def _cause(error: BaseException) -> str:
     step, phase = step_of(error), phase_of(error, "")
     if not isinstance(error, TpuspecError):
         text = f"{type(error).__name__}: {text}"
-    if not isinstance(error, HostCallError):  # which says so itself
+    if not isinstance(error, HostCallError | NonFiniteLossError):  # which say so themselves
         text = f"{f'in {phase}' if phase else ''}{f' at step {step}' if step else ''}: {text}".lstrip(": ")
     return f"{text}{_notes(error, ' ')}"
 

@@ -6,11 +6,15 @@ import functools
 import gc
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from typing import Any
 
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
@@ -102,5 +106,16 @@ def _start_worker(own_init: Callable[[int], None] | None, worker: int) -> None:
     os.setpgid(0, 0)
     # A forked worker has copies of the run's XLA tensors: collecting one would wait for threads that it does not have.
     gc.freeze()
+    # What a worker cannot pickle, torch would wait for: a row, or the class of an error that is local to a function.
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[method-assign]
     if own_init is not None:
         own_init(worker)
+
+
+def _end_worker(error: BaseException, sent: tuple[int, object]) -> None:
+    _, batch = sent
+    print(batch.exc_msg if isinstance(batch, ExceptionWrapper) else "A batch cannot be sent to the training.",
+          file=sys.stderr)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)

@@ -12,6 +12,7 @@ from tpuspec.loops.draw import draw
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.interruption import Interruption
 from tpuspec.spec.backend import Backend, CompiledStep
+from tpuspec.spec.phase import mark_step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,28 +40,35 @@ class EvaluateLoop:
     max_steps: int | None = None
     input_end: InputEnd = field(default_factory=InputEnd)
     hooks_per_step: bool = False
+    _num_steps: int = field(default=0, init=False)
 
     def run(self) -> int:
         """Evaluates; returns the number of steps, fewer where a signal came."""
-        num_steps = 0
-        with self.hooks, self.interruption.stops(self.hooks.context.request_stop), self.interruption.breaks_off(
-                is_alone=not self.input_end.is_shared):
-            if not self.hooks_per_step:
-                self.hooks.before_run(0)
-            while (self.max_steps is None or num_steps < self.max_steps) and not self.hooks.context.stop_requested:
-                batch = draw(self.batches, self.interruption, self.input_end)
-                if batch is None:
-                    break
-                if self.hooks_per_step:
-                    self.hooks.before_run(num_steps)
-                outputs = self.step(self.backend.feed(batch.replicas))
-                num_steps += 1
-                self.drain.submit(num_steps, outputs, batch.rows)
-                if self.hooks_per_step:
-                    self.hooks.after_run(num_steps, outputs[0].functions.hooks)
-            self.input_end.end()
-            self.step.publish()
-            self.drain.flush()
-            if not self.hooks_per_step:
-                self.hooks.after_run(num_steps)
-        return num_steps
+        try:
+            with self.hooks, self.interruption.stops(self.hooks.context.request_stop), self.interruption.breaks_off(
+                    is_alone=not self.input_end.is_shared):
+                self._run()
+        except BaseException as error:
+            mark_step(error, self._num_steps + 1)
+            raise
+        return self._num_steps
+
+    def _run(self) -> None:
+        if not self.hooks_per_step:
+            self.hooks.before_run(0)
+        while (self.max_steps is None or self._num_steps < self.max_steps) and not self.hooks.context.stop_requested:
+            batch = draw(self.batches, self.interruption, self.input_end)
+            if batch is None:
+                break
+            if self.hooks_per_step:
+                self.hooks.before_run(self._num_steps)
+            outputs = self.step(self.backend.feed(batch.replicas))
+            self._num_steps += 1
+            self.drain.submit(self._num_steps, outputs, batch.rows)
+            if self.hooks_per_step:
+                self.hooks.after_run(self._num_steps, outputs[0].functions.hooks)
+        self.input_end.end()
+        self.step.publish()
+        self.drain.flush(self.interruption.host_work_seconds)
+        if not self.hooks_per_step:
+            self.hooks.after_run(self._num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -12,6 +13,7 @@ from tpuspec.errors import ConfigTypeError
 from tpuspec.host.executor import host_call_error
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.phase import in_phase
 from tpuspec.summary.writer import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class HookRunner:
         try:
             for hook in self._hooks:
                 self._begun.append(hook)
-                hook.begin(self.context)
+                with _phase_of(hook, "begin"):
+                    hook.begin(self.context)
         except BaseException as error:
             self._end(error)
             raise
@@ -101,7 +104,8 @@ class HookRunner:
     def _call(self, name: str, step: int) -> None:
         self.context.step = step
         for hook in self._hooks:
-            getattr(hook, name)(self.context)
+            with _phase_of(hook, name):
+                getattr(hook, name)(self.context)
 
     def _end(self, first: BaseException | None) -> BaseException | None:
         """Ends the hooks that began; returns the first error among theirs if there was none before."""
@@ -109,13 +113,18 @@ class HookRunner:
         while self._begun:
             hook = self._begun.pop(0)
             try:
-                hook.end(self.context)
+                with _phase_of(hook, "end"):
+                    hook.end(self.context)
             except BaseException as error:  # the other hooks' end comes first, even before an interrupt
                 if first is None and raised is None:
                     raised = error
                 else:
                     logger.warning("end of hook %r failed too: %s", hook, error)
         return raised
+
+
+def _phase_of(hook: SessionRunHook, method: str) -> contextlib.AbstractContextManager[None]:
+    return in_phase(f"{type(hook).__name__}.{method}")
 
 
 class ListenerRunner:

@@ -18,6 +18,7 @@ from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.functions import call_by_name
 from tpuspec.spec.host_call import check_host_tensors
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch, HostFunctions, StepOutput
 from tpuspec.spec.train_op import TrainOp, as_train_op
 
@@ -56,7 +57,7 @@ class ModelFnCall:
         if self.mode is ModeKeys.TRAIN and replica.optimizers:
             optimizers = replica.optimizers.get("", replica.optimizers)
         # A clone: what model_fn keeps of it must hold the value before this step's update.
-        with computing(self.config.precision, replica.device):
+        with computing(self.config.precision, replica.device), in_phase("model_fn"):
             spec = call_by_name(self.model_fn, {
                 "features": batch.features, "labels": None if self.mode is ModeKeys.PREDICT else batch.labels,
                 "mode": self.mode, "params": copy.deepcopy(dict(self.params)), "config": copy.deepcopy(self.config),

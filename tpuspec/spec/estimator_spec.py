@@ -16,6 +16,7 @@ from tpuspec.spec.export_output import ExportOutput, check_export_outputs, is_de
 from tpuspec.spec.hooks import HookContext, SessionRunHook
 from tpuspec.spec.host_call import HostCall, call_host_function, check_host_call
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.phase import in_phase
 from tpuspec.spec.scaffold import Scaffold, make_scaffold
 from tpuspec.spec.train_op import check_train_op
 
@@ -224,7 +225,8 @@ class TPUEstimatorSpec(_Replaceable):
         check_host_call("host_call", self.host_call)
         eval_metric_ops = None
         if self.eval_metrics is not None:
-            eval_metric_ops = call_host_function("eval_metrics", *self.eval_metrics)
+            with in_phase("metric_fn"):
+                eval_metric_ops = call_host_function("eval_metrics", *self.eval_metrics)
             if eval_metric_ops is None:
                 raise SpecTypeError("what metric_fn returns must be a dict; got NoneType. Does it lack a return?")
         hooks = () if self.host_call is None else (HostCallHook(HostCall(*self.host_call)),)

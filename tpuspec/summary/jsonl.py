@@ -29,12 +29,15 @@ class JsonlWriter:
 
     Args:
       logdir: folder; made when it is missing.
+      after_step: lines of later steps, which an earlier run wrote, are dropped at the first write; None drops none.
       clock: returns the wall time in seconds.
     """
 
-    def __init__(self, logdir: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, logdir: str | os.PathLike[str], after_step: int | None = None, *,
+                 clock: Callable[[], float] = time.time) -> None:
         self.logdir = os.path.abspath(logdir)
         self.path = os.path.join(self.logdir, FILE_NAME)
+        self._after_step = after_step
         self._clock = clock
         self._lock = threading.Lock()
         self._file: io.FileIO | None = None
@@ -79,6 +82,7 @@ class JsonlWriter:
     def _open(self) -> io.FileIO:
         if self._file is None:
             os.makedirs(self.logdir, exist_ok=True)
+            self._drop_later_steps()
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - kept open, close() closes it
             if self._file.seek(0, os.SEEK_END) > 0:
                 self._file.seek(-1, os.SEEK_END)
@@ -88,10 +92,30 @@ class JsonlWriter:
             raise FileNotFoundError(errno.ENOENT, "the log file was deleted", self.path)
         return self._file
 
+    def _drop_later_steps(self) -> None:
+        after_step, self._after_step = self._after_step, None
+        if after_step is None or not os.path.exists(self.path):
+            return
+        with open(self.path, "rb") as file:
+            if not any(_is_after(line, after_step) for line in file):
+                return
+            file.seek(0)
+            kept = f"{self.path}.kept"
+            with open(kept, "wb") as new:
+                new.writelines(line for line in file if not _is_after(line, after_step))
+        os.replace(kept, self.path)
+
     def _close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+def _is_after(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] > step
+    except (ValueError, TypeError, KeyError):  # torn, or not ours
+        return False
 
 
 def _json_number(value: float) -> float | str:

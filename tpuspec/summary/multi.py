@@ -70,12 +70,17 @@ class MultiWriter:
             writer.close()
 
 
-def create_file_writer(logdir: str | os.PathLike[str]) -> SummaryWriter:
+def create_file_writer(logdir: str | os.PathLike[str], after_step: int | None = None) -> SummaryWriter:
     """Returns a writer of TensorBoard event files and of metrics.jsonl in `logdir`; nothing is created before a write.
 
     A remote folder (gs://bucket/run) gets the event files only: an object store cannot append lines.
+
+    Args:
+      logdir: the folder.
+      after_step: where a run goes on from: what the folder holds of later steps is written anew, and does not count
+        twice. None leaves all as it is.
     """
     folder = os.fspath(logdir)
     if "://" in folder:
-        return MultiWriter([RemoteTensorBoardWriter(folder)])
-    return MultiWriter([TensorBoardWriter(folder), JsonlWriter(folder)])
+        return MultiWriter([RemoteTensorBoardWriter(folder, after_step)])
+    return MultiWriter([TensorBoardWriter(folder, after_step), JsonlWriter(folder, after_step)])

@@ -25,11 +25,14 @@ class RemoteTensorBoardWriter:
 
     Args:
       logdir: an address such as gs://bucket/run.
+      after_step: as in TensorBoardWriter.
       clock: monotonic seconds.
     """
 
-    def __init__(self, logdir: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, logdir: str, after_step: int | None = None, *,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.logdir = logdir.rstrip("/")
+        self._after_step = after_step
         self._clock = clock
         self._folder: str | None = None
         self._writer: TensorBoardWriter | None = None
@@ -85,7 +88,8 @@ class RemoteTensorBoardWriter:
     def _open(self) -> TensorBoardWriter:
         if self._writer is None:
             self._folder = tempfile.mkdtemp(prefix="tpuspec-events-")
-            self._writer = TensorBoardWriter(self._folder)
+            self._writer = TensorBoardWriter(self._folder, self._after_step)
+            self._after_step = None
             self._sizes.clear()
         return self._writer
 

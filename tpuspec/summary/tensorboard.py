@@ -26,10 +26,12 @@ class TensorBoardWriter:
 
     Args:
       logdir: folder; made when it is missing.
+      after_step: what event files of earlier runs hold of later steps is hidden by TensorBoard; None hides nothing.
     """
 
-    def __init__(self, logdir: str | os.PathLike[str]) -> None:
+    def __init__(self, logdir: str | os.PathLike[str], after_step: int | None = None) -> None:
         self.logdir = os.path.abspath(logdir)
+        self._purge_step = None if after_step is None else after_step + 1
         self._lock = threading.Lock()
         self._writer: TorchSummaryWriter | None = None
 
@@ -81,7 +83,8 @@ class TensorBoardWriter:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
-                self._writer = TorchSummaryWriter(self.logdir, max_queue=_QUEUED_EVENTS)
+                self._writer = TorchSummaryWriter(self.logdir, purge_step=self._purge_step, max_queue=_QUEUED_EVENTS)
+                self._purge_step = None
             elif not os.path.isdir(self.logdir):
                 # Found here, before the file's thread fails: it would print a traceback, and raise some writes later.
                 raise FileNotFoundError(errno.ENOENT, "the log folder was deleted", self.logdir)
