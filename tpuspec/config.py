@@ -97,8 +97,8 @@ class TPUConfig:
     per_host_input_for_training: Any = True
     eval_training_input_configuration: Any = InputPipelineConfig.PER_HOST_V1
     input_partition_dims: Any = None
-    mesh: dict[str, int] | None = None
-    sharding: dict[str, Any] | None = None
+    mesh: Any = None
+    sharding: Any = None
     fsdp: bool = False
     initial_infeed_sleep_secs: int | None = None
     host_call_every_n_steps: int = 1

@@ -26,6 +26,9 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
         "folder": str(Path(__file__).parent.parent.parent / "tpuspec"), "length": 16, "width": 16, "num_layers": 2,
         "num_heads": 2, "dropout": 0.0, "clip_grad_norm": 1.0, "eval_windows": 50, "num_samples": 1})}
 
+DEVICES: dict[str, dict[str, Any]] = {
+    "xla1": {"num_shards": 1}, "xla4": {"num_shards": 4}, "spmd4": {"mesh": {"data": 2, "model": 2}, "fsdp": True}}
+
 
 def without_batch_norm(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
@@ -41,12 +44,12 @@ def run(backend: str, out: Path) -> dict[str, Any]:
     for name, (recipe, params) in SETTINGS.items():
         config = tpuspec.RunConfig(
             seed=5, show_progress=False, save_summary_steps=None,
-            tpu_config=tpuspec.TPUConfig(num_shards=int(backend[3:]) if backend.startswith("xla") else None))
+            tpu_config=tpuspec.TPUConfig(**DEVICES.get(backend, {})))
         trainer = tpuspec.Trainer(
             recipe.model_fn, model=lambda params, recipe=recipe: without_batch_norm(recipe.model(params)),
             optimizer=lambda model, params: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
             model_dir=out / f"{backend}-{name}-{os.environ.get('RANK', 0)}", config=config, params=params,
-            use_tpu=backend.startswith("xla"), train_batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE,
+            use_tpu=backend in DEVICES, train_batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE,
             predict_batch_size=BATCH_SIZE)
         trainer.train(recipe.input_fn, max_steps=NUM_STEPS)
         metrics = trainer.evaluate(recipe.input_fn)

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BACKENDS = {"native1": 1, "native3": 3, "xla1": 1, "xla4": 1}  # and their processes
+BACKENDS = {"native1": 1, "native3": 3, "xla1": 1, "xla4": 1, "spmd4": 1}  # and their processes
 MOST = 1e-5
 
 

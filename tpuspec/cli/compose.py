@@ -206,11 +206,12 @@ def _separate(drafts: list[_Draft], now: datetime) -> None:
 
 
 def _check_one_device_setup(jobs: list[Job]) -> None:
-    """Refuses a sweep over the number of replicas: the jobs share a process, which starts its devices once."""
-    counts = {job.settings.tpu.num_shards for job in jobs if job.settings.use_tpu}
-    if len(counts) > 1:
-        raise ConfigError("tpu.num_shards cannot be swept: all jobs run in one process, and a process starts its "
-                          "devices once. Run one command for each number.")
+    """Refuses a sweep over the number of devices: the jobs share a process, which starts its devices once."""
+    tpus = [job.settings.tpu for job in jobs if job.settings.use_tpu]
+    for name in ("num_shards", "num_cores_per_replica", "mesh"):
+        if len({str(getattr(tpu, name)) for tpu in tpus}) > 1:
+            raise ConfigError(f"tpu.{name} cannot be swept: all jobs run in one process, and a process starts its "
+                              "devices once. Run one command for each value.")
 
 
 def _folder_name(number: int, swept: list[str]) -> str:

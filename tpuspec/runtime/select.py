@@ -40,6 +40,9 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
             "torchrun's processes compute together with use_tpu=False (device=cpu or cuda); got "
             f"WORLD_SIZE={num_workers} and use_tpu=True. "
             "XLA finds the hosts of a TPU pod itself: start one process a host, without torchrun.")
+    if config.tpu_config.is_spmd:
+        # XLA warns at each program that its partitioner will give way to another one.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     platform, reason = choose_platform()
     wanted = wanted_devices(config.tpu_config)
     if platform == "CPU" and wanted is not None:

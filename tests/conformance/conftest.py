@@ -1,0 +1,6 @@
+"""Rows that need a mesh of devices run in a process of their own: tests/test_spmd_process.py."""
+
+import os
+
+if "SPMD_DEVICES" not in os.environ:
+    collect_ignore_glob = ["test_spmd_*.py"]
