@@ -555,6 +555,8 @@ INPUT_FORMS = {
     "Dataset": input_fn,
     "IterableDataset": lambda params: RowsOneByOne(),
     "DataLoader": lambda params: DataLoader(input_fn(params), batch_size=params["batch_size"]),
+    "DataLoader with workers": lambda params: DataLoader(
+        input_fn(params), batch_size=params["batch_size"], num_workers=2),
     "list": lambda params: [ones_and_zeros()] * 2,
     "generator": lambda params: (ones_and_zeros() for _ in range(2)),
     "numpy": lambda params: [(np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32))] * 2,
