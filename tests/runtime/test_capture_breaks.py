@@ -26,7 +26,7 @@ from tests.runtime.test_capture import (
     sgd,
 )
 from tpuspec import CrossShardOptimizer, SessionRunHook, TPUEstimatorSpec
-from tpuspec.errors import CaptureError
+from tpuspec.errors import CaptureError, ConfigError
 from tpuspec.spec.user_threads import USER_THREADS
 
 NUM_TRACES = {"count": 0}
@@ -186,3 +186,11 @@ def test_an_audit_beside_a_draw_of_another_thread_says_nothing(beside, tmp_path)
                    hooks=[DrawFromNowOn()])
     assert beside.num_left < 1000  # audits took place
     assert kind(captured[2]) == "replay"
+
+
+def test_sparse_adam_is_refused_before_anything_is_compiled(tmp_path):
+    def sparse_adam(model, params):
+        return torch.optim.SparseAdam(list(model.parameters()), lr=0.1)
+
+    with pytest.raises(ConfigError, match=r"SparseAdam needs sparse gradients, which XLA does not have\. Take Adam"):
+        run("auto", classify, nn.Linear(4, 3), sparse_adam, batches(rows), tmp_path, steps=2)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpuspec.errors import ConfigError
 from tpuspec.runtime import graph
 from tpuspec.spec.backend import Replica
 
@@ -17,7 +18,14 @@ _NOT_CAPTURABLE_ON_XLA = (torch.optim.Adadelta,)
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Moves an optimizer to the form that computes on the device only, where torch has one (`capturable=True`)."""
+    """Moves an optimizer to the form that computes on the device only, where torch has one (`capturable=True`).
+
+    Raises:
+      ConfigError: it needs what XLA does not have.
+    """
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError("SparseAdam needs sparse gradients, which XLA does not have. Take Adam, with "
+                          "nn.Embedding(sparse=False), or train with use_tpu=False.")
     if isinstance(optimizer, _NOT_CAPTURABLE_ON_XLA):
         return
     for group in optimizer.param_groups:
