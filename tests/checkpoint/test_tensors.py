@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 
 import pytest
@@ -7,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from tpuspec.checkpoint.tensors import DTYPE_NAMES, decode_tensors, encode_tensors, split_shards
-from tpuspec.errors import CheckpointError
+from tpuspec.checkpoint.tensors import DTYPE_NAMES, encode_tensors, read_tensors, split_shards
 
 
 def test_the_bytes_are_those_of_the_safetensors_library():
@@ -18,39 +18,45 @@ def test_the_bytes_are_those_of_the_safetensors_library():
     assert b"".join(encode_tensors({})) == save({})
 
 
+def decode(content: bytes) -> dict[str, torch.Tensor]:
+    file = io.BytesIO(content)
+
+    def fill(buffer):
+        assert file.readinto(buffer) == len(buffer), "no more is asked for than there is"
+
+    tensors = read_tensors(fill, len(content))
+    assert not file.read(), "all was read"
+    return tensors
+
+
 def test_what_is_no_safetensors_file_is_refused():
-    with pytest.raises(CheckpointError, match="The checkpoint file x is damaged: it is no safetensors file"):
-        decode_tensors(as_bytes(b"PK\x03\x04 a pickle, say"), "x")
+    with pytest.raises(ValueError, match="its header claims"):
+        decode(b"PK\x03\x04 a pickle, say")
 
 
-def as_bytes(content: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-
-
-def test_what_the_library_has_written_is_read_as_views(tmp_path):
+def test_what_the_library_has_written_is_read_each_into_its_own_memory():
     tensors = {str(dtype): torch.ones(2, 3).to(dtype) for dtype in DTYPE_NAMES}
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(1.5), "odd": torch.ones(3, dtype=torch.int8)}
-    content = as_bytes(save(tensors, metadata={"format": "pt"}))
-    got = decode_tensors(content, "x")
+    got = decode(save(tensors, metadata={"format": "pt"}))
     assert got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
         assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-    assert got["scalar"].untyped_storage().data_ptr() == content.untyped_storage().data_ptr()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in got.values() if tensor.numel()}) == len(got) - 1
 
 
 def test_bytes_that_stand_for_a_struct_are_aligned_for_it():
     tensors = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.get_rng_state()}
-    got = decode_tensors(as_bytes(save(tensors)), "x")
+    got = decode(save(tensors))
     assert got["b"].data_ptr() % 16 == 0
     torch.set_rng_state(got["b"])
 
 
-def test_tensors_that_are_not_aligned_are_copied():
+def test_tensors_that_are_not_aligned_are_read():
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     content = len(header).to_bytes(8, "little") + header + torch.tensor([1.5]).numpy().tobytes()
     assert len(header) % 4
-    assert decode_tensors(as_bytes(content), "x")["w"].tolist() == [1.5]
+    assert decode(content)["w"].tolist() == [1.5]
 
 
 HOSTILE = {
@@ -74,21 +80,21 @@ HOSTILE = {
 def test_fault_20_a_hostile_header_is_refused(entries):
     header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
                          for name, dtype, shape, offsets in entries}).encode()
-    content = as_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(CheckpointError, match="The checkpoint file x is damaged: it is no safetensors file"):
-        decode_tensors(content, "x")
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    with pytest.raises(ValueError, match="bytes|header"):
+        decode(content)
 
 
 @pytest.mark.parametrize("header", [b"[]", b"{}x", b'{"a": 1}', b"[" * 100_000, b"\xff", b'{"a": {}}'])
 def test_fault_20_a_header_that_is_none_is_refused(header):
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
-        decode_tensors(as_bytes(len(header).to_bytes(8, "little") + header), "x")
+    with pytest.raises(ValueError, match="header|Expecting|Extra|utf-8"):
+        decode(len(header).to_bytes(8, "little") + header)
 
 
 @given(content=st.binary(max_size=200))
 def test_fault_20_any_bytes_are_read_or_refused(content):
-    with contextlib.suppress(CheckpointError):
-        decode_tensors(as_bytes(content), "x")
+    with contextlib.suppress(ValueError):
+        decode(content)
 
 
 @given(sizes=st.lists(st.integers(0, 30), max_size=20), max_bytes=st.integers(1, 100))

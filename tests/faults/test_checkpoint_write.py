@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.faults.system_calls import Killed, SystemCalls, names, system_calls
+from tests.regression import make_trainer, rows_input
 from tpuspec.checkpoint import disk
 from tpuspec.checkpoint.format import Reader
 from tpuspec.checkpoint.manager import CheckpointManager
@@ -137,6 +138,33 @@ def test_fault_04_a_checkpoint_that_is_read_is_not_deleted(tmp_path):
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     _save(tmp_path, 3, 3.0, keep=1)
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_fault_04_a_checkpoint_that_is_predicted_from_is_not_deleted(tmp_path, explicit):
+    def trainer():
+        return make_trainer(tmp_path, save_checkpoints_steps=2, keep_checkpoint_max=1)
+
+    trainer().train(rows_input(), max_steps=2)
+    path = tmp_path / "checkpoint-2"
+    predictions = trainer().predict(rows_input(), checkpoint_path=path if explicit else None)
+    next(predictions)
+    other = trainer().train(rows_input(), max_steps=4)
+    assert CheckpointStore(tmp_path).steps() == [2, 4]
+    assert len(list(predictions)) == 15
+    other.train(rows_input(), max_steps=6)
+    assert CheckpointStore(tmp_path).steps() == [6]
+
+
+def test_fault_04_the_newest_is_taken_where_the_one_before_was_deleted_meanwhile(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        _save(tmp_path, step, float(step))
+    paths = iter([store.path(1), store.path(2)])
+    monkeypatch.setattr(store, "latest", lambda: next(paths, store.path(2)))
+    shutil.rmtree(store.path(1))
+    with store.reading_latest() as latest:
+        assert latest == store.path(2)
 
 
 def test_fault_06_without_space_the_error_says_what_is_needed_and_nothing_is_pruned(tmp_path, monkeypatch):

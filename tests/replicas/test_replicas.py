@@ -210,7 +210,7 @@ def test_a_hook_may_set_the_first_replicas_learning_rate_for_all(tmp_path):
         assert torch.equal(weights(trainer)[1][name], tensor)
 
 
-def test_checkpoints_of_replicas_resume_on_another_number_of_them(tmp_path):
+def test_fault_18_checkpoints_of_replicas_resume_on_another_number_of_them(tmp_path):
     def listed(params, mode):
         return list(itertools.islice(input_fn(params, mode), 30))
 

@@ -105,8 +105,8 @@ class Storage(Protocol):
         """Returns the location of one of them."""
         ...
 
-    def names(self) -> list[str]:
-        """Returns the names of the committed ones; [] without model_dir.
+    def names(self) -> dict[str, bool]:
+        """Returns the names of all that are called so, and whether each is committed; {} without model_dir.
 
         Raises:
           OSError: it cannot be read.

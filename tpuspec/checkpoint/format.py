@@ -21,7 +21,6 @@ from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from tpuspec.checkpoint.folder import Folder, OpenFile, WriteFile
@@ -30,13 +29,14 @@ from tpuspec.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     NEEDS_TPUSPEC,
+    DamagedCheckpointError,
     FileEntry,
     Manifest,
     damaged,
     decode_manifest,
     encode_manifest,
 )
-from tpuspec.checkpoint.tensors import decode_tensors, encode_tensors, split_shards
+from tpuspec.checkpoint.tensors import encode_tensors, read_tensors, split_shards
 from tpuspec.errors import CheckpointError
 
 MODEL, OPTIMIZER, STATE_FILE = "model", "optimizer", "state.json"
@@ -72,12 +72,9 @@ def write_files(write_file: WriteFile, manifest: Manifest, values: Mapping[str, 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether no number is NaN or infinite."""
-    for tensor in tensors.values():
-        if tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16) and tensor.numel():
-            low, high = tensor.aminmax()
-            if not (low.isfinite() and high.isfinite()):
-                return False
-    return True
+    # Such a number makes every sum such a one, and a sum takes a fraction of the time; but a sum may overflow as well.
+    return all(bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+               for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
@@ -98,9 +95,13 @@ class Reader:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        content, _ = self._content(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        with self._open(MANIFEST_FILE) as file:
+            if file.size > MAX_MANIFEST_BYTES:
+                raise damaged(self._where(MANIFEST_FILE), f"checksum mismatch ({file.size} bytes, too many)")
+            content = bytearray(file.size)
+            size = file.readinto(memoryview(content))
         self.manifest: Manifest = decode_manifest(
-            content.numpy().tobytes(), self._where(MANIFEST_FILE), version=tpuspec_version())
+            bytes(content[:size]), self._where(MANIFEST_FILE), version=tpuspec_version())
         self._shards = {part: self._find_shards(part) for part in (MODEL, OPTIMIZER)}
         if STATE_FILE not in self.manifest.files:
             raise self._incomplete(STATE_FILE)
@@ -136,7 +137,10 @@ class Reader:
         Raises:
           DamagedCheckpointError: size or checksum are not the manifest's.
         """
-        return json.loads(self._checked(STATE_FILE).numpy().tobytes())
+        with self._checked(STATE_FILE) as file:
+            content = bytearray(file.size)
+            file.fill(memoryview(content))
+        return json.loads(content)
 
     def tensors(self, *parts: str) -> list[dict[str, Tensor]]:
         """Reads the tensors of each part, MODEL or OPTIMIZER; several files at a time.
@@ -184,44 +188,26 @@ class Reader:
         return joined
 
     def _decode(self, name: str) -> dict[str, Tensor]:
-        return decode_tensors(self._checked(name), self._where(name))
-
-    def _checked(self, name: str) -> Tensor:
-        """Reads a file and checks it, in one pass."""
-        entry = self.manifest.files[name]
-        content, crc32 = self._content(name, entry.size)
-        self._check(name, entry, len(content), crc32)
-        return content
+        with self._checked(name) as file:
+            try:
+                return read_tensors(file.fill, file.size)
+            except ValueError as error:
+                file.drain()  # where the bytes have changed, that is what is wrong
+                file.check()
+                raise CheckpointError(f"The checkpoint file {self._where(name)} is damaged: it is no safetensors file "
+                                      f"that this version reads ({error}). Restore an earlier checkpoint.") from error
 
     def _verify(self, name: str) -> None:
-        entry = self.manifest.files[name]
-        with self._open(name) as file:
-            # Others' memory is not taken for what the manifest does not name.
-            if file.size != entry.size:
-                self._check(name, entry, file.size, 0)
-            part = memoryview(bytearray(min(file.part_bytes, max(1, file.size))))
-            size = crc32 = 0
-            while num_read := file.readinto(part):
-                crc32, size = zlib.crc32(part[:num_read], crc32), size + num_read
-        self._check(name, entry, size, crc32)
+        with self._checked(name) as file:
+            file.drain()
 
-    def _check(self, name: str, entry: FileEntry, size: int, crc32: int) -> None:
-        if size != entry.size or crc32 != entry.crc32:
-            what = f"{size} bytes in place of {entry.size}" if size != entry.size else "its bytes have changed"
-            raise damaged(self._where(name), f"checksum mismatch in {name} ({what})")
-
-    def _content(self, name: str, max_bytes: int) -> tuple[Tensor, int]:
-        """Reads a file; returns its bytes, uint8 [size], and their CRC-32."""
+    @contextlib.contextmanager
+    def _checked(self, name: str) -> Iterator[_CheckedFile]:
+        """Opens a file, and checks it at the end of the block."""
         with self._open(name) as file:
-            if file.size > max_bytes:  # no more memory than what the manifest promised
-                raise damaged(self._where(name), f"checksum mismatch in {name} ({file.size} bytes, too many)")
-            # Not zeroed before it is filled, as a bytearray would be.
-            content = torch.empty(file.size, dtype=torch.uint8)
-            view = memoryview(content.numpy().data)
-            size = crc32 = 0
-            while size < len(view) and (num_read := file.readinto(view[size:size + file.part_bytes])):
-                crc32, size = zlib.crc32(view[size:size + num_read], crc32), size + num_read
-        return content[:size], crc32
+            checked = _CheckedFile(file, name, self.manifest.files[name], self._where(name))
+            yield checked
+            checked.check()
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[OpenFile]:
@@ -241,6 +227,49 @@ class Reader:
 
     def _where(self, name: str) -> str:
         return f"{self._folder.location}/{name}"
+
+
+class _CheckedFile:
+    """A file of a checkpoint with the checksum of what was read of it.
+
+    Raises:
+      DamagedCheckpointError: it has another size than the manifest says; no memory was taken for it.
+    """
+
+    def __init__(self, file: OpenFile, name: str, entry: FileEntry, where: str) -> None:
+        self._file, self._name, self._entry, self._where = file, name, entry, where
+        self._crc32 = self._num_read = 0
+        self.size = entry.size
+        if file.size != entry.size:
+            raise self._mismatch(f"{file.size} bytes in place of {entry.size}")
+
+    def fill(self, buffer: memoryview) -> None:
+        """Reads the next bytes, as many as the buffer has."""
+        while buffer:
+            num_read = self._file.readinto(buffer[:self._file.part_bytes])
+            if not num_read:
+                raise self._mismatch(f"{self._num_read} bytes in place of {self.size}")
+            self._crc32 = zlib.crc32(buffer[:num_read], self._crc32)
+            self._num_read += num_read
+            buffer = buffer[num_read:]
+
+    def drain(self) -> None:
+        """Reads the rest, for its checksum."""
+        part = memoryview(bytearray(min(self._file.part_bytes, max(1, self.size - self._num_read))))
+        while self._num_read < self.size:
+            self.fill(part[:self.size - self._num_read])
+
+    def check(self) -> None:
+        """Checks what was read, which must be all.
+
+        Raises:
+          DamagedCheckpointError: its bytes have changed.
+        """
+        if self._crc32 != self._entry.crc32:
+            raise self._mismatch("its bytes have changed")
+
+    def _mismatch(self, what: str) -> DamagedCheckpointError:
+        return damaged(self._where, f"checksum mismatch in {self._name} ({what})")
 
 
 def _no_checkpoint(location: str | os.PathLike[str], why: str) -> CheckpointError:

@@ -108,13 +108,13 @@ class LocalStorage:
         """Returns the folder of a checkpoint."""
         return self.location / name
 
-    def names(self) -> list[str]:
-        """Returns the committed folders."""
+    def names(self) -> dict[str, bool]:
+        """Returns the folders, and whether each has a manifest."""
         try:
-            return [name for name in os.listdir(self.location)
-                    if CHECKPOINT_NAME.fullmatch(name) and is_committed(self.path(name))]
+            return {name: is_committed(self.path(name)) for name in os.listdir(self.location)
+                    if CHECKPOINT_NAME.fullmatch(name)}
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}
 
     def free_bytes(self) -> int | None:
         """Returns what the disk has left."""

@@ -144,9 +144,9 @@ class RemoteStorage:
         """Returns the address of a checkpoint."""
         return f"{self.location}/{name}"
 
-    def names(self) -> list[str]:
-        """Returns the folders that have a manifest."""
-        return [name for name in self._folders() if _generations(list_names(self._fs, self._at(name)))]
+    def names(self) -> dict[str, bool]:
+        """Returns the folders, and whether each has a manifest."""
+        return {name: bool(_generations(list_names(self._fs, self._at(name)))) for name in self._folders()}
 
     def free_bytes(self) -> int | None:
         """Returns None."""

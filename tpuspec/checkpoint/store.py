@@ -19,7 +19,7 @@ from tpuspec.checkpoint.format import (
     tpuspec_version,
     write_files,
 )
-from tpuspec.checkpoint.location import open_storage
+from tpuspec.checkpoint.location import open_storage, resolve
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
 from tpuspec.errors import CheckpointError, ConfigError
@@ -55,7 +55,7 @@ class CheckpointStore:
         self._sleep = sleep
         # Location -> the files whose checksums were right, so that each is read through once.
         self._verified: dict[str, Hashable] = {}
-        self._told: set[str] = set()
+        self._told: set[Location] = set()
 
     def prepare(self) -> None:
         """Makes the folder, proves that it can be written, and mends what a killed writer left in it.
@@ -107,11 +107,18 @@ class CheckpointStore:
 
         Raises:
           CheckpointError: model_dir exists and cannot be read.
+          ConfigError: no folder can have its name.
         """
+        return sorted(step for step, is_committed in self._names().items() if is_committed)
+
+    def _names(self) -> dict[int, bool]:
         try:
-            return sorted(int(match[1]) for match in map(CHECKPOINT_NAME.fullmatch, self._storage.names()) if match)
-        except OSError as error:
+            names = self._storage.names()
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:  # no folder can be called so
+                raise self._not_writable(error) from error
             raise CheckpointError(f"model_dir {self.model_dir} cannot be read: {error}.") from error
+        return {int(match[1]): names[name] for name in names if (match := CHECKPOINT_NAME.fullmatch(name))}
 
     @contextlib.contextmanager
     def reading_latest(self) -> Iterator[Location | None]:
@@ -138,32 +145,39 @@ class CheckpointStore:
                               "it could be opened. Raise keep_checkpoint_max of the training that writes there.")
 
     @contextlib.contextmanager
-    def reading(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Keeps a checkpoint from deletion by retention within the block: of other processes, and of other hosts.
+    def reading(self, path: str | os.PathLike[str]) -> Iterator[Location]:
+        """Keeps a checkpoint from deletion within the block, by this process or another one; yields its path.
 
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
         with Reader.open(path):
-            yield
+            yield resolve(path)
 
     def latest(self) -> Location | None:
-        """Returns the checkpoint of the highest step whose checksums are right, or None; damaged ones are told of.
+        """Returns the checkpoint of the highest step whose checksums are right, or None; others are told of.
 
         Raises:
           CheckpointError: the newest is of a later format.
         """
-        for step in reversed(self.steps()):
+        for step, is_committed in sorted(self._names().items(), reverse=True):
             path = self.path(step)
+            if not is_committed:
+                self._tell(path, f"{path} is passed over: without a manifest it is no checkpoint that was committed.")
+                continue
             try:
                 self.verify(path)
             except DamagedCheckpointError as error:
-                if str(path) not in self._told:
-                    self._told.add(str(path))
-                    logger.warning("%s Falling back to the checkpoint before it.", error)
+                self._tell(path, f"{error} Falling back to the checkpoint before it.")
                 continue
             return path
         return None
+
+    def _tell(self, path: Location, what: str) -> None:
+        """Warns once of each path."""
+        if path not in self._told:
+            self._told.add(path)
+            logger.warning("%s", what)
 
     def damaged_steps(self) -> list[int]:
         """Returns the steps of the committed checkpoints whose bytes have changed."""

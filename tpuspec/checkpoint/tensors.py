@@ -1,21 +1,19 @@
-"""Tensors as a safetensors file: written chunk by chunk from their own memory, read as views of the file's bytes.
+"""Tensors as a safetensors file: written from their own memory, and read straight into it, chunk by chunk.
 
-safetensors' own writer hides its system calls, so that neither a checksum nor a fault could get between them, and its
-reader copies each tensor of bytes that are in memory already. The format is a line of JSON and the tensors' bytes.
-Tests hold both ways to the library, byte for byte.
+safetensors' own writer and reader hide their system calls, so that neither a checksum nor a fault could get between
+them, or copy bytes that are in memory already. The format is a line of JSON and the tensors' bytes. Tests hold both
+ways to the library, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-
-from tpuspec.errors import CheckpointError
 
 # In the order of the file: wide elements first, so that every tensor is aligned.
 DTYPE_NAMES = {
@@ -51,7 +49,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         if tensors[name].numel():
-            yield tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(tensors[name])
 
 
 def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -67,53 +65,60 @@ def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str
     return shards
 
 
-def decode_tensors(content: Tensor, where: str) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file; they are views of `content`, so that nothing large is copied.
+def read_tensors(fill: Callable[[memoryview], None], size: int) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file, each straight into memory of its own.
 
     Args:
-      content: bytes of the file, uint8 [size], in memory that nothing else uses.
-      where: path of the file, for errors.
+      fill: reads the next bytes of the file, as many as the buffer has.
+      size: bytes of the file.
 
     Raises:
-      CheckpointError: it is none.
+      ValueError: it is no such file; no more memory was taken than the file has bytes.
     """
+    header, num_bytes = _read_header(fill, size)
+    tensors, end = {}, 0
+    for name, dtype, shape, start, stop in sorted(header, key=lambda entry: entry[3:]):
+        # Each begins where the one before ends, as in every valid file: none overlaps, none lies outside.
+        if start != end or stop > num_bytes:
+            raise ValueError(f"{name!r} has bytes {start} to {stop}, behind {end} of {num_bytes}")
+        sides = all(type(side) is int and side >= 0 for side in shape)
+        if not sides or math.prod(shape) * dtype.itemsize != stop - start:
+            raise ValueError(f"{name!r}, {dtype} {shape}, does not have {stop - start} bytes")
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        if stop > start:
+            fill(_bytes_of(tensors[name]))
+        end = stop
+    if end != num_bytes:
+        raise ValueError(f"its tensors have {end} bytes, and the file {num_bytes}")
+    return {name: tensors[name] for name, *_ in header}
+
+
+_Entry = tuple[str, torch.dtype, list[int], int, int]
+
+
+def _read_header(fill: Callable[[memoryview], None], size: int) -> tuple[list[_Entry], int]:
+    """Returns name, dtype, shape, first byte and end of each tensor, and the bytes of all of them."""
+    if size < _LENGTH_BYTES:
+        raise ValueError(f"it has {size} bytes")
+    length_bytes = bytearray(_LENGTH_BYTES)
+    fill(memoryview(length_bytes))
+    length = int.from_bytes(length_bytes, "little")
+    if length > size - _LENGTH_BYTES:
+        raise ValueError(f"its header claims {length} bytes, and the file has {size}")
+    text = bytearray(length)
+    fill(memoryview(text))
     try:
-        header, data = _split(content)
-        tensors, end = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = []
+        for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            # Each begins where the one before ends, as in every valid file: none overlaps, none lies outside.
-            if start != end:
-                raise ValueError(f"{name!r} begins at byte {start} in place of {end}")
-            tensors[name] = _tensor(data[start:stop], _DTYPES[entry["dtype"]], entry["shape"], stop - start)
-            end = stop
-        if end != len(data):
-            raise ValueError(f"its tensors have {end} bytes, and the file {len(data)}")
-        return {name: tensors[name] for name in header}
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"The checkpoint file {where} is damaged: it is no safetensors file that this version "
-                              f"reads ({error}). Restore an earlier checkpoint.") from error
+            entries.append((name, _DTYPES[entry["dtype"]], list(entry["shape"]), operator.index(start),
+                            operator.index(stop)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is none: {type(error).__name__} {error}") from error
+    return entries, size - _LENGTH_BYTES - length
 
 
-def _split(content: Tensor) -> tuple[dict[str, Any], Tensor]:
-    length = int.from_bytes(content[:_LENGTH_BYTES].numpy().tobytes(), "little")
-    if len(content) < _LENGTH_BYTES or length > len(content) - _LENGTH_BYTES:
-        raise ValueError(f"its header claims {length} bytes, and the file has {len(content)}")
-    data = _LENGTH_BYTES + length
-    header = json.loads(content[_LENGTH_BYTES:data].numpy().tobytes())
-    header.pop("__metadata__", None)
-    return header, content[data:]
-
-
-def _tensor(data: Tensor, dtype: torch.dtype, shape: list[int], num_bytes: int) -> Tensor:
-    if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != num_bytes:
-        raise ValueError(f"{dtype} {shape} does not have {num_bytes} bytes")
-    if not num_bytes:
-        return torch.empty(shape, dtype=dtype)
-    if len(data) != num_bytes:
-        raise ValueError(f"{num_bytes} bytes lie outside the file")
-    # torch.set_rng_state, among others, takes bytes for a struct, and dies where they are not aligned for it. What is
-    # not aligned for its own dtype was written by others.
-    if dtype.itemsize == 1 or data.data_ptr() % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype).reshape(shape)
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

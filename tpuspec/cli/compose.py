@@ -96,6 +96,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         try:
             parsed.extend(parser.parse_overrides([text]))
+            if not parsed[-1].key_or_group:
+                raise HydraException("there is no key")
         except HydraException as error:
             raise ConfigError(f"cannot read the argument {text!r}. Arguments are key=value; a value with spaces, "
                               "brackets or = needs quotes of its own, such as 'model_dir=\"my runs\"'.") from error

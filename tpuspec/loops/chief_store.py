@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 from tpuspec.checkpoint.folder import Location
 from tpuspec.checkpoint.location import resolve
@@ -43,6 +44,18 @@ class ChiefStore(CheckpointStore):
         path = self._store.latest() if self._coordinator.is_chief else None
         shared = self._coordinator.share(None if path is None else str(path))
         return None if shared is None else resolve(shared)
+
+    @contextlib.contextmanager
+    def reading_latest(self) -> Iterator[Location | None]:
+        with contextlib.ExitStack() as held:
+            path = held.enter_context(self._store.reading_latest()) if self._coordinator.is_chief else None
+            shared = self._coordinator.share(None if path is None else str(path))
+            yield None if shared is None else resolve(shared)
+
+    @contextlib.contextmanager
+    def reading(self, path: str | os.PathLike[str]) -> Iterator[Location]:
+        with self._store.reading(path) if self._coordinator.is_chief else contextlib.nullcontext():
+            yield resolve(path)
 
     def read_step(self, path: str | os.PathLike[str]) -> int:
         return self._coordinator.share(self._store.read_step(path) if self._coordinator.is_chief else 0)

@@ -77,30 +77,33 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
     """
     live_step = trained.global_step if trained is not None and trained.has_state else None
     path = os.fspath(checkpoint_path) if checkpoint_path is not None else None
-    evaluated = path
-    if path is None and (latest := store.latest()) is not None:
-        saved_step = store.read_step(latest)
-        if live_step is None or saved_step >= live_step:
-            evaluated = str(latest)
-        if live_step is None or saved_step > live_step:
-            path = str(latest)
-    own_step = session.global_step
-    if path is not None:
-        state = store.load(path, optimizers=False)
-        tensors, step = state.model, state.global_step
-    elif live_step is not None and (trained is not session or scaffold.restore is not None):
-        assert trained is not None
-        tensors, step = trained.model_state(scaffold), live_step
-    else:
-        check_ready(session, scaffold)
-        yield evaluated
-        return
-    own = session.model_state()
-    try:
-        session.load_model(tensors, scaffold)
-        session.set_global_step(step)
-        check_ready(session, scaffold)
-        yield evaluated
-    finally:
-        session.load_model(own)
-        session.set_global_step(own_step)
+    with contextlib.ExitStack() as held:
+        # As long as somebody evaluates or exports a checkpoint, the retention of a training elsewhere leaves it.
+        latest = held.enter_context(store.reading_latest() if path is None else store.reading(path))
+        evaluated = path
+        if path is None and latest is not None:
+            saved_step = store.read_step(latest)
+            if live_step is None or saved_step >= live_step:
+                evaluated = str(latest)
+            if live_step is None or saved_step > live_step:
+                path = str(latest)
+        own_step = session.global_step
+        if path is not None:
+            state = store.load(path, optimizers=False)
+            tensors, step = state.model, state.global_step
+        elif live_step is not None and (trained is not session or scaffold.restore is not None):
+            assert trained is not None
+            tensors, step = trained.model_state(scaffold), live_step
+        else:
+            check_ready(session, scaffold)
+            yield evaluated
+            return
+        own = session.model_state()
+        try:
+            session.load_model(tensors, scaffold)
+            session.set_global_step(step)
+            check_ready(session, scaffold)
+            yield evaluated
+        finally:
+            session.load_model(own)
+            session.set_global_step(own_step)
