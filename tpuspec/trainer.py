@@ -232,13 +232,15 @@ class Trainer:
             session=session, prepared=prepared, config=self._config, loop_length=length, progress=self._progress,
             restored=restored, interruption=interruption, hooks=[*hooks, *prepared.rehearsal.hooks],
             saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator), save_policy,
-                        lambda: session.training_state(prepared.rehearsal.scaffold), listeners))
+                        lambda: session.training_state(prepared.rehearsal.scaffold, prepared.batches.random_state()),
+                        listeners))
         self._banner(session)
         with contextlib.closing(prepared.batches), contextlib.closing(
                 self._writer(session, self.model_dir, session.global_step)) as writer:
             self._training_input = prepared.batches
             try:
                 training.run(writer, last_step)
+                session.random_state = read_random_state(session.backend, prepared.batches.random_state())
             finally:
                 self._training_input = None
         if interruption.signal is not None:
@@ -246,7 +248,6 @@ class Trainer:
                     "train() goes on from there.")
             self._progress.message(f"interrupted: {told}")
             interruption.end(told)
-        session.random_state = read_random_state(session.backend)
 
     @watched
     def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,

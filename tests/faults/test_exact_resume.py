@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+import tpuspec
 from tests.regression import batch_norm_net, make_trainer, regression_rows
+from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
 
 
@@ -87,6 +91,70 @@ def test_fault_01_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, n
     assert losses == [5, 8, 11]
     for key, value in _values(whole).items():
         np.testing.assert_array_equal(value, _values(part)[key], err_msg=key)
+
+
+ORDERS = {
+    "numpy": lambda num: np.random.permutation(num).tolist(),
+    "torch": lambda num: torch.randperm(num).tolist(),
+    "python": lambda num: random.sample(range(num), num),
+}
+
+
+class Epochs:
+    """Batches in an order that is drawn anew each epoch from the random state of the process, each slow to draw."""
+
+    NUM_BATCHES = 20
+
+    def __init__(self, drawn: list[int], library: str) -> None:
+        self._drawn, self._library = drawn, library
+        self._batches = [batch for batch in regression_rows(4 * self.NUM_BATCHES).tensors[0].split(4)]
+        self._order: list[int] = []
+
+    def __iter__(self):
+        while True:
+            if not self._order:
+                self._order = ORDERS[self._library](self.NUM_BATCHES)
+            time.sleep(0.001)
+            x = self._batches[self._order.pop(0)]
+            self._drawn.append(1)
+            yield x, 3 * x + 1
+
+    def state_dict(self):
+        return {"order": list(self._order)}
+
+    def load_state_dict(self, state):
+        self._order = list(state["order"])
+
+
+@pytest.mark.parametrize(("library", "stops_at"), [
+    ("numpy", 0), ("numpy", 19), ("numpy", 20), ("numpy", 21), ("torch", 20), ("python", 20)])
+def test_fault_01_random_state_is_that_of_the_step_though_the_next_epoch_was_drawn_ahead(tmp_path, library, stops_at):
+    drawn: list[int] = []
+
+    class WaitForDrawnAhead(tpuspec.SessionRunHook):
+        """Lets the input's thread draw beyond the end of the epoch before the save of step 20."""
+
+        def after_run(self, context):
+            if context.step == 18:
+                deadline = time.monotonic() + 10
+                while len(drawn) < 21 and time.monotonic() < deadline:
+                    time.sleep(0.001)
+
+    def train(folder, max_steps):
+        drawn.clear()
+        _trainer(tmp_path / folder, save_checkpoints_steps=1, keep_checkpoint_max=None, iterations_per_loop=1,
+                 prefetch_batches=4).train(
+            lambda params: Epochs(drawn, library), hooks=[WaitForDrawnAhead()], max_steps=max_steps)
+
+    np.random.seed(5)
+    random.seed(5)
+    train("whole", 24)
+    state = CheckpointStore(tmp_path / "whole").load(tmp_path / "whole" / "checkpoint-24")
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stops_at}", tmp_path / "killed" / f"checkpoint-{stops_at}")
+    train("killed", 24)
+    resumed = CheckpointStore(tmp_path / "killed").load(tmp_path / "killed" / "checkpoint-24")
+    for name, value in state.model.items():
+        assert torch.equal(value, resumed.model[name]), name
 
 
 def test_a_second_train_of_the_same_trainer_is_bit_equal_too(tmp_path):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
-import numpy as np
-import torch
-
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.spec.phase import note_move
 
 logger = logging.getLogger(__name__)
@@ -33,7 +30,6 @@ class SupportsClose(Protocol):
 SLOW_DRAW_SECONDS = 250e-6
 """A draw that costs less is cheaper than handing its batch from thread to thread, and Python's lock changes hands."""
 _ENOUGH = 8
-_DRAWS_PER_LOOK = 16
 _CLOSE_SECONDS = 10.0
 
 
@@ -49,17 +45,21 @@ class PrefetchedBatches(Generic[T]):
       source: drawn from by one thread at a time.
       num_batches: batches that are kept ready; 0 never starts a thread.
       first: batches to yield before those of the source.
+      random_state: of the process before `first` were drawn.
       slow_seconds: see above.
       clock: seconds.
     """
 
     def __init__(self, source: Iterator[T], *, num_batches: int, first: Sequence[T] = (),
+                 random_state: ProcessRandomState | None = None,
                  slow_seconds: float = SLOW_DRAW_SECONDS, clock: Callable[[], float] = time.perf_counter) -> None:
         self._source = source
         self._num_batches = num_batches
         self._slow_seconds = slow_seconds
         self._clock = clock
         self._ready = collections.deque(first)
+        # Of the process, before the last of the ready batches was drawn; None where that drew nothing from it.
+        self._random_state = random_state if random_state != ProcessRandomState.take() else None
         self._num_slow = self._num_probed = 0
         self._may_start = num_batches > 0
         self._thread: threading.Thread | None = None
@@ -86,6 +86,14 @@ class PrefetchedBatches(Generic[T]):
         if self._ended is not None:
             raise StopIteration if isinstance(self._ended, StopIteration) else self._ended
         return self._draw_here()
+
+    def random_state(self) -> ProcessRandomState | None:
+        """Returns the random state of the process as it was behind the batch that was taken last.
+
+        None where that is the state as it is now: batches that were drawn ahead drew nothing from it.
+        """
+        with self._changed:
+            return self._random_state if self._ready else None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -126,10 +134,10 @@ class PrefetchedBatches(Generic[T]):
             is_slow = self._clock() - begun >= self._slow_seconds
             self._num_slow = self._num_slow + 1 if is_slow else max(0, self._num_slow - 1)
             return batch
-        before = _random_state()
+        before = ProcessRandomState.take()
         batch = self._draw()
         self._num_probed += 1
-        if _random_state() != before:
+        if ProcessRandomState.take() != before:
             self._stay_here()
         elif self._num_probed == _ENOUGH:
             self._start()
@@ -153,20 +161,19 @@ class PrefetchedBatches(Generic[T]):
                     "Give it a generator of its own: numpy.random.default_rng, torch.Generator, random.Random.")
 
     def _work(self) -> None:
-        state, num_drawn = _random_state(), 0
         while self._wait_for_turn():
+            before = ProcessRandomState.take()
             batches: list[T] = []
             ended: BaseException | None = None
             try:
                 batches.append(next(self._source))
             except BaseException as error:
                 ended = error
-            num_drawn += 1
             note_move()
-            # Not at every draw: it takes longer than some of them.
-            moved = num_drawn % _DRAWS_PER_LOOK == 0 and state != (state := _random_state())
+            moved = ProcessRandomState.take() != before
             with self._changed:
                 self._ready.extend(batches)
+                self._random_state = before if moved else None
                 self._ended = ended
                 self._is_drawing = False
                 self._stops |= moved or ended is not None
@@ -180,14 +187,3 @@ class PrefetchedBatches(Generic[T]):
                 self._changed.wait()
             self._is_drawing = not self._stops
             return self._is_drawing
-
-
-def _random_state() -> tuple[object, ...]:
-    """Returns what changes when Python, numpy or torch draw random numbers."""
-    return (hash(random.getstate()), _numpy_state(), torch.get_rng_state().numpy().tobytes())
-
-
-def _numpy_state() -> tuple[object, ...]:
-    kind, key, *position = np.random.get_state()
-    assert isinstance(key, np.ndarray), "of the legacy form"
-    return (kind, key.tobytes(), *position)

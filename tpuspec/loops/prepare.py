@@ -17,6 +17,7 @@ from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.data.position import Position
 from tpuspec.data.prefetch import PrefetchedBatches
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import ConfigError
 from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
@@ -114,6 +115,7 @@ class Preparation:
             lambda: InputPipeline(settings), backend.coordinator, self.plan, backend.topology, mode)
         try:
             restore_random()
+            random_state = ProcessRandomState.take()
             first = next(batches)
             warn_of_mixed_precision(first.replicas[0], session.module)
             check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
@@ -129,7 +131,7 @@ class Preparation:
             batches=PrefetchedBatches(
                 # Several hosts ask one another for each batch, which belongs to the loop's thread.
                 batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
-                first=[first]),
+                first=[first], random_state=random_state),
             step=step, rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)
 
     def _num_copies(self) -> int:

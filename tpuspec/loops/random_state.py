@@ -10,21 +10,31 @@ import numpy as np
 import torch
 
 from tpuspec.checkpoint.state import TrainingState
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import CheckpointError
 from tpuspec.spec.backend import Backend, RngState
 
 
-def read_random_state(backend: Backend) -> dict[str, Any]:
-    """Returns it as a tree that a checkpoint can hold."""
+def read_random_state(backend: Backend, of_input: ProcessRandomState | None = None) -> dict[str, Any]:
+    """Returns it as a tree that a checkpoint can hold.
+
+    Args:
+      backend: has the devices.
+      of_input: of the process, where batches were drawn ahead and moved it on; None for the state as it is.
+    """
     state = backend.rng_state()
-    name, keys, *rest = np.random.get_state()
-    return {"torch": state.host, "devices": list(state.devices), "python": random.getstate(),
+    own = of_input or ProcessRandomState.take()
+    name, keys, *rest = own.numpy
+    # Where a device has random state of its own only the input draws from torch's on the host; else the model does too.
+    torch_state = own.torch if of_input is not None and state.devices else state.host
+    return {"torch": torch_state, "devices": list(state.devices), "python": own.python,
             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]}
 
 
-def collect_positions(backend: Backend, input_position: list[dict[str, Any]] | None) -> dict[str, Any]:
+def collect_positions(backend: Backend, input_position: list[dict[str, Any]] | None,
+                      of_input: ProcessRandomState | None = None) -> dict[str, Any]:
     """Returns what a checkpoint holds of the input's position and of random state: on the chief that of all hosts."""
-    random_state = read_random_state(backend)
+    random_state = read_random_state(backend, of_input)
     hosts = backend.coordinator.collect([input_position, random_state])
     if hosts is None or len(hosts) == 1:
         return {"input": input_position, "random": random_state}

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tpuspec.checkpoint.restore import check_fits, load_into_module
 from tpuspec.checkpoint.state import TrainingState
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
@@ -233,12 +234,12 @@ class Session:
         state = dict(read(self.module))
         return _own(self.backend.fetch(state), state)
 
-    def training_state(self, scaffold: Scaffold) -> TrainingState:
-        """Reads everything that a later run goes on from."""
+    def training_state(self, scaffold: Scaffold, of_input: ProcessRandomState | None = None) -> TrainingState:
+        """Reads everything that a later run goes on from; see read_random_state."""
         optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
                              optimizers=_own(self.backend.fetch(optimizers), optimizers),
-                             extra=collect_positions(self.backend, self.input_position))
+                             extra=collect_positions(self.backend, self.input_position, of_input))
 
     def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
         """Loads a module's state dict on every replica.
