@@ -32,7 +32,7 @@ test: $(READY)  ## runs the tests
 	$(RUN) -m pytest $(ARGS)
 
 test-faults: $(READY)  ## runs the tests of faults: damage, kills, resume, locks
-	$(RUN) -m pytest tests -k test_fault_ $(ARGS)
+	$(RUN) -m pytest tests -k 'test_fault_ or tests_of_several_replicas' $(ARGS)
 
 test-faults-long: $(READY)  ## kills trainings by SIGKILL, 100 times: half an hour and more
 	$(RUN) -m pytest tests/faults -m long $(ARGS)

@@ -224,7 +224,7 @@ class Trainer:
         # Without a state to go on from: the same seed at the same step, whatever input_fn and model_fn drew before.
         if not run.set_devices(session.backend):
             session.backend.seed(self._seed + session.global_step)
-        session.input_position, session.random_state = run.input, None
+        session.input_position, session.random_state = prepared.start, None
         last_step = max_steps if steps is None else session.global_step + steps
         # Without XLA hooks fire per step: each step is a loop of its own.
         length = self._config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")

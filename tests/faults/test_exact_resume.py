@@ -93,6 +93,19 @@ def test_fault_01_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, n
         np.testing.assert_array_equal(value, _values(part)[key], err_msg=key)
 
 
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_fault_01_a_run_without_a_seed_that_was_saved_at_its_start_only_goes_on_in_its_own_order(tmp_path, use_tpu):
+    def train(folder):
+        _trainer(tmp_path / folder, use_tpu=use_tpu, seed=None, save_checkpoints_steps=4).train(
+            lambda params: regression_rows(18), max_steps=8)
+        return CheckpointStore(tmp_path / folder).load(tmp_path / folder / "checkpoint-8").model
+
+    whole = train("whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-0", tmp_path / "killed" / "checkpoint-0")
+    killed = train("killed")
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+
 ORDERS = {
     "numpy": lambda num: np.random.permutation(num).tolist(),
     "torch": lambda num: torch.randperm(num).tolist(),

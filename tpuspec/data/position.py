@@ -148,6 +148,16 @@ def check_start(start: Position | None, kind: str, *, num_rows: int | None = Non
         "load_state_dict, or set RunConfig(allow_inexact_resume=True), which reads the input from its start.")
 
 
+def start_of(positions: Sequence[Position]) -> list[Position] | None:
+    """Returns where an input stood before its first batch, from where it stands behind it.
+
+    That matters to a Dataset, whose shuffle has a seed; any other input is at its start without a word.
+    """
+    if not positions or any(position["kind"] != "dataset" for position in positions):
+        return None
+    return [{**position, "epoch": 0, "rows": 0} for position in positions]
+
+
 def is_stateful(source: Any) -> bool:
     """Whether an iterable can save and load where it stands."""
     return callable(getattr(source, "state_dict", None)) and callable(getattr(source, "load_state_dict", None))

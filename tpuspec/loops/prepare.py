@@ -15,7 +15,7 @@ from tpuspec.data.batch_axis import BatchAxis
 from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input, plan_native_input
 from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
-from tpuspec.data.position import Position
+from tpuspec.data.position import Position, start_of
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import ConfigError
@@ -50,6 +50,7 @@ class Prepared:
       rehearsal: what the first spec says.
       copies: replicas that get the same rows: in BROADCAST all whose outputs this host has, else 1.
       input_end: ends the input of all hosts where this one stops.
+      start: where each call of input_fn stands before the first batch; None at a start that needs no word.
     """
 
     batches: PrefetchedBatches[HostBatch]
@@ -57,6 +58,7 @@ class Prepared:
     rehearsal: Rehearsal
     copies: int
     input_end: InputEnd
+    start: list[Position] | None
 
 
 class Preparation:
@@ -128,6 +130,7 @@ class Preparation:
             batches.close()
             raise
         return Prepared(
+            start=starts if starts is not None else start_of(first.position),
             batches=PrefetchedBatches(
                 # Several hosts ask one another for each batch, which belongs to the loop's thread.
                 batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
