@@ -30,6 +30,7 @@ MESH = {"data": 2, "model": 2}
     ({"mesh": MESH, "sharding": {"a": ["rows"]}}, r"names the axis 'rows'; the mesh has data, model"),
     ({"mesh": MESH, "sharding": {"a": ["model", "model"]}}, r"names the axis 'model' twice"),
     ({"mesh": MESH, "sharding": {"a": [None]}}, "splits no dimension"),
+    ({"mesh": {"a": 2, "b": 2, "c": 2}, "sharding": {"w": [["a", "b"], "c"]}}, "over several axes and another one too"),
 ])
 def test_a_setting_that_breaks_a_rule_is_told(settings, match):
     with pytest.raises(ConfigError, match=match):

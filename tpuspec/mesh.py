@@ -135,6 +135,9 @@ def parse_rule(pattern: object, dims: object, axes: Mapping[str, int]) -> Partit
             raise ConfigError(f"sharding[{pattern!r}] names the axis {name!r}; the mesh has {', '.join(axes)}.")
         if used.count(name) > 1:
             raise ConfigError(f"sharding[{pattern!r}] names the axis {name!r} twice; an axis can split one dimension.")
+    if any(len(names) > 1 for names in parsed) and sum(map(bool, parsed)) > 1:
+        raise ConfigError(f"sharding[{pattern!r}] splits one dimension over several axes and another one too; XLA's "
+                          "partitioner was found to put gradients of such a parameter in wrong places. Split one.")
     if not used:
         raise ConfigError(f"sharding[{pattern!r}] splits no dimension, as every parameter without a rule. Leave it "
                           "out, or name a mesh axis.")

@@ -43,7 +43,7 @@ LAYOUTS = {
                  {"0.weight": [2, 8], "0.bias": [2], "3.weight": [8, 2], "3.bias": [1]}),
         "three axes": ({"mesh": {"data": 2, "rows": 2, "columns": 2}, "fsdp": True,
                         "sharding": {"0.weight": [["rows", "columns"], None], "3.weight": ["rows", "columns"]}},
-                       {"0.weight": [4, 4], "0.bias": [8], "3.weight": [4, 8], "3.bias": [4]}),
+                       {"0.weight": [4, 8], "0.bias": [8], "3.weight": [4, 8], "3.bias": [4]}),
     },
 }.get(NUM_DEVICES, {})
 

@@ -65,7 +65,8 @@ def _check_fits(pattern: str, spec: PartitionSpec, name: str, shape: tuple[int, 
 
 def _split_over_data(spec: PartitionSpec, shape: tuple[int, ...], num_parts: int) -> PartitionSpec:
     """Splits the largest whole dim that can be; a parameter that has none stays as it is."""
-    if any(DATA_AXIS in names for names in spec):
+    # Besides a dim that is split over several axes, XLA's partitioner puts gradients in wrong places.
+    if any(DATA_AXIS in names or len(names) > 1 for names in spec):
         return spec
     fitting = [dim for dim, size in enumerate(shape) if not spec[dim] and size and size % num_parts == 0]
     if not fitting:
