@@ -116,6 +116,10 @@ class Run:
         """What it has printed so far."""
         return self._out.read_text() if self._out.exists() else ""
 
+    def errors(self) -> str:
+        """What it has printed to standard error so far."""
+        return self._err.read_text() if self._err.exists() else ""
+
     def wait_for(self, condition: Callable[[], object]) -> None:
         """Waits until something holds, while the run lives."""
         while not condition():
