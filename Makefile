@@ -16,6 +16,8 @@ READY := $(VENV)/.ready
 .PHONY: help setup train test test-faults test-faults-long format lint types check bench lock clean FORCE
 
 export UV_HTTP_TIMEOUT
+# Without compiled files each process compiles torch anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # pyright runs the JavaScript of its own wheel: no look for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 

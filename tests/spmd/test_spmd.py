@@ -162,10 +162,10 @@ def test_a_checkpoint_of_a_mesh_goes_on_on_one_device_and_back(tmp_path):
     one = json.loads((tmp_path / "one" / "results.json").read_text())
     check_equal(runs.results(trainer, 2 * runs.NUM_STEPS), one)
     back = runs.make("all", tmp_path / "one", **first_layout())
-    back.train(runs.input_fn, max_steps=2 * runs.NUM_STEPS)
-    assert back.evaluate(runs.input_fn)["accuracy"] == one["metrics"]["accuracy"]
-    for name, value in one["weights"].items():
-        np.testing.assert_array_equal(runs.weights(back)[name].numpy(), np.float32(value), err_msg=name)
+    evaluated = back.evaluate(runs.input_fn)
+    assert evaluated["global_step"] == one["metrics"]["global_step"] > runs.NUM_STEPS
+    assert evaluated["accuracy"] == one["metrics"]["accuracy"]
+    assert evaluated["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("sharding", "match"), [
