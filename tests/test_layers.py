@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"errors", "config", "mesh", "precision", "spec"}
+BASE = {"errors", "cluster", "config", "mesh", "precision", "spec"}
 MIDDLE = {"runtime", "data", "host", "summary", "checkpoint", "export"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "cluster": {"errors"},
     "mesh": {"errors"},
     "precision": {"errors"},
-    "config": {"errors", "mesh", "precision"},
+    "config": {"errors", "cluster", "mesh", "precision"},
     "spec": {"errors", "precision"},
     "metrics": {"errors", "spec"},
     "arguments": BASE,

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tpuspec.cluster import read_cluster
 from tpuspec.config import (
     InputPipelineConfig,
     LoopLength,
     RunConfig,
     TPUConfig,
     parse_iterations_per_loop,
-    read_cluster,
 )
 from tpuspec.errors import ConfigError
 

@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from tpuspec.config import read_cluster
+from tpuspec.cluster import read_cluster
 from tpuspec.errors import ConfigError
 
 
