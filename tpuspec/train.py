@@ -81,7 +81,7 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     if settings.mode is not Mode.evaluate:
         train(job, trainer, functions, environment, [evaluations] if settings.mode is Mode.train_and_evaluate else [])
     metrics = {} if settings.mode is Mode.train else evaluations.newest()
-    if not trainer.config.is_chief:
+    if not trainer.is_chief:
         return metrics
     if metrics:
         print(f"evaluation at step {metrics['global_step']}: {format_metrics(metrics)}")
@@ -118,7 +118,7 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
         print(f"training is complete: {settings.model_dir} is at step {step}, run.max_steps is "
               f"{settings.run.max_steps}. A larger run.max_steps goes on from there.", flush=True)
         return
-    if trainer.config.is_chief:
+    if trainer.is_chief:
         write_record(trainer.model_dir, job.resolved, environment)
     saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
     with_listeners: dict[str, Any] = {"saving_listeners": listeners} if listeners and saves else {}
@@ -127,7 +127,7 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment:
 
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
     """Writes a line of JSON for each example into model_dir, and prints the first ones."""
-    if not trainer.config.is_chief:
+    if not trainer.is_chief:
         with contextlib.closing(trainer.predict(functions.input_fn)) as predictions:
             return {"num_predictions": sum(1 for _ in predictions)}
     path = os.path.join(trainer.model_dir, PREDICTIONS_FILE)

@@ -40,7 +40,7 @@ from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
-from tpuspec.runtime.select import select
+from tpuspec.runtime.select import may_span_hosts, select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
@@ -116,6 +116,13 @@ class Trainer:
         """Folder of checkpoints and logs."""
         assert self._config.model_dir is not None, "set by resolve_model_dir"
         return self._config.model_dir
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes checkpoints, summaries and progress; on a TPU pod the hosts meet to know it."""
+        if may_span_hosts(self._config, use_tpu=self._use_tpu):
+            return self._session(self._use_tpu).backend.coordinator.is_chief
+        return self._config.is_chief
 
     @property
     def config(self) -> RunConfig:
@@ -363,7 +370,11 @@ class Trainer:
             if on_xla != self._use_tpu and isinstance(source.model, nn.Module):
                 # The user's own module lives on the training devices.
                 source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
+            if not on_xla and self._use_tpu and may_span_hosts(self._config, use_tpu=True):
+                self._session(True)  # the hosts of a pod meet over its devices, also to evaluate without them
             backend = select(self._config, use_tpu=on_xla)
+            if not backend.coordinator.is_chief:
+                self._progress = Progress(enabled=False)
             if not self._sessions:
                 self._seed = backend.coordinator.share(self._seed)
             self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
@@ -371,7 +382,7 @@ class Trainer:
 
     def _agreed_step(self) -> int:
         """Returns the global step as the chief of all hosts sees it."""
-        if self._config.cluster.num_workers <= 1:
+        if not may_span_hosts(self._config, use_tpu=self._use_tpu):
             return self.global_step()
         coordinator = self._session(self._use_tpu).backend.coordinator
         return coordinator.share(self.global_step())

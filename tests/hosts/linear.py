@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,24 @@ from tpuspec import ModeKeys, TPUEstimatorSpec
 
 NUM_ROWS = 101
 options: dict[str, str] = {}
+prefetched: list[bool] = []
 host = 0
-notes: dict[str, Any] = {"host_calls": [], "metric_rows": [], "losses": []}
+notes: dict[str, Any] = {"host_calls": [], "host_call_rows": [], "metric_rows": [], "losses": [], "evaluations": []}
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(NUM_ROWS, 6, generator=generator)
     return x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long()
+
+
+class SlowRows(TensorDataset):
+    """Rows that are worth drawing ahead."""
+
+    def __getitem__(self, i: int) -> Any:
+        time.sleep(0.0002)
+        prefetched.append(threading.current_thread().name == "tpuspec-input")
+        return super().__getitem__(i)
 
 
 class Rows(Dataset):
@@ -58,6 +69,8 @@ def input_fn(params, mode):
         return uneven(params, mode)
     if "fail" in options and mode == ModeKeys.TRAIN:
         return failing(params)
+    if "slow" in options:
+        return SlowRows(x, y)
     return Rows(x) if mode == ModeKeys.PREDICT else TensorDataset(x, y)
 
 
@@ -90,6 +103,8 @@ def uneven(params, mode):
 
 
 def model(params):
+    if "noisy" in options:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
@@ -135,6 +150,7 @@ def host_call(step, loss, first):
     if len(notes["host_calls"]) == 20:
         fail("host_call")
     notes["host_calls"].append([int(step[0]), len(step), len(first)])
+    notes["host_call_rows"].append(first.tolist())
     notes["losses"].append(loss.double().mean().item())
 
 
@@ -166,7 +182,7 @@ def run(job: str, out: Path, **given: str) -> None:
             made = trainer(Path(made.model_dir))
             made.train(input_fn, max_steps=50)
         if part == "evaluate":
-            result["evaluation"] = {key: float(value) for key, value in made.evaluate(input_fn).items()}
+            notes["evaluations"].append({key: float(value) for key, value in made.evaluate(input_fn).items()})
         if part == "predict":
             result["predictions"] = [float(p["first"]) for p in made.predict(input_fn)]
         if part == "some":
@@ -177,6 +193,8 @@ def run(job: str, out: Path, **given: str) -> None:
     folder = Path(made.model_dir)
     result |= notes | {"step": session.global_step, "torch_xla": "torch_xla" in sys.modules,
                        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+                       "prefetched": any(prefetched),
+                       "noise": torch.rand(3).tolist(),
                        "weights": [number for p in session.module.parameters() for number in p.flatten().tolist()]}
     (out / f"result{host}.json").write_text(json.dumps(result))
 

@@ -11,7 +11,7 @@ from tpuspec.checkpoint.store import CheckpointStore
 pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 30.0
-HEARTBEAT_SECONDS = 6.0
+HEARTBEAT_SECONDS = 10.0
 
 
 def told(outcome, host: int) -> str:
@@ -47,7 +47,7 @@ def test_a_killed_process_is_named_at_once(run_hosts, failing):
     assert outcome.seconds < MOST_SECONDS
     for host in {0, 1, 2} - {failing}:
         assert outcome.codes[host] == 1
-        assert re.match(rf"host {failing} of 3 \(.*\) failed in \w+: it ended without a word \(killed",
+        assert re.match(rf"host {failing} of 3 \(.*\) failed in [\w ]+: it ended without a word \(killed",
                         told(outcome, host))
     store = CheckpointStore(outcome.out / "run0")
     assert store.steps()
@@ -62,4 +62,4 @@ def test_a_stopped_process_is_found_by_its_silence(run_hosts, failing):
     assert outcome.seconds < HEARTBEAT_SECONDS + 10
     for host in {0, 1, 2} - {failing}:
         assert outcome.codes[host] == 1
-        assert re.match(rf"host {failing} of 3 \(.*\) failed in \w+: it has been silent for \d", told(outcome, host))
+        assert re.match(rf"host {failing} of 3 \(.*\) failed in [\w ]+: it has been silent for \d", told(outcome, host))

@@ -11,6 +11,7 @@ import pytest
 
 import tpuspec
 from tpuspec.errors import ConfigError
+from tpuspec.train import main
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
          "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -43,16 +44,55 @@ def test_torchruns_variables_say_who_is_who(environment):
         "torchrun", 3, 4, 1, False, "node0:29500")
 
 
+def test_a_task_of_slurm_that_says_its_rank_is_one_of_several(environment):
+    environment(RANK="5", WORLD_SIZE="8", MASTER_ADDR="node0", MASTER_PORT="29500", SLURM_LOCALID="2",
+                SLURM_STEP_NUM_TASKS="8")
+    info = tpuspec.launch_info()
+    assert (info.launcher, info.host_index, info.num_hosts, info.local_rank) == ("environment", 5, 8, 2)
+
+
+def test_torchruns_one_process_is_the_chief(environment):
+    environment(RANK="0", WORLD_SIZE="1", TORCHELASTIC_RUN_ID="x")
+    info = tpuspec.launch_info()
+    assert (info.launcher, info.num_hosts, info.is_chief, info.chief_address) == ("torchrun", 1, True, None)
+
+
+SEVERAL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"RANK": "0"}, "must be set both or neither"),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, r"a number in 0 \.\. WORLD_SIZE - 1"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "gpu"}, "LOCAL_RANK must be a number; got 'gpu'"),
+    ({"RANK": "0"}, "must be set both or neither; got RANK='0', WORLD_SIZE=None"),
+    ({"WORLD_SIZE": "2"}, "must be set both or neither; got RANK=None, WORLD_SIZE='2'"),
+    (SEVERAL | {"RANK": "2"}, r"a number in 0 \.\. WORLD_SIZE - 1; got RANK='2'"),
+    (SEVERAL | {"RANK": "-1"}, r"a number in 0 \.\. WORLD_SIZE - 1; got RANK='-1'"),
+    (SEVERAL | {"RANK": "one"}, r"a number in 0 \.\. WORLD_SIZE - 1; got RANK='one'"),
+    (SEVERAL | {"WORLD_SIZE": "2.0"}, r"a number in 0 \.\. WORLD_SIZE - 1; .* WORLD_SIZE='2.0'"),
+    (SEVERAL | {"WORLD_SIZE": "0"}, r"a number in 0 \.\. WORLD_SIZE - 1; .* WORLD_SIZE='0'"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 are set, and MASTER_ADDR and MASTER_PORT not"),
+    (SEVERAL | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 are set, and MASTER_ADDR not.*torchrun sets all four"),
+    (SEVERAL | {"MASTER_PORT": "http"}, r"MASTER_PORT must be a number in 0 \.\. 65535; got 'http'"),
+    (SEVERAL | {"MASTER_PORT": "70000"}, r"MASTER_PORT must be a number in 0 \.\. 65535; got '70000'"),
+    (SEVERAL | {"LOCAL_RANK": "gpu"}, "LOCAL_RANK must be a number; got 'gpu'"),
+    (SEVERAL | {"SLURM_LOCALID": "-1"}, "SLURM_LOCALID must be a number; got '-1'"),
     ({"SLURM_STEP_NUM_TASKS": "4"}, r"srun started 4 tasks, and RANK and WORLD_SIZE are not set.*export RANK"),
 ])
 def test_wrong_or_partial_variables_are_told(environment, variables, message):
     environment(**variables)
     with pytest.raises(ConfigError, match=message):
         tpuspec.launch_info()
+
+
+@pytest.mark.parametrize("variables", [
+    {"RANK": "0"}, SEVERAL | {"RANK": "5"}, SEVERAL | {"MASTER_ADDR": ""}, SEVERAL | {"MASTER_PORT": "http"},
+    {"SLURM_STEP_NUM_TASKS": "4"}])
+def test_the_command_ends_with_code_2_and_one_line_and_makes_nothing(environment, variables, tmp_path, capfd):
+    environment(**variables)
+    folder = tmp_path / "run"
+    assert main(["config=digits", "device=cpu", f"model_dir={folder}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "RANK" in line or "MASTER" in line
+    assert not folder.exists()
 
 
 @pytest.mark.slow

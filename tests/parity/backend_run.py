@@ -43,7 +43,7 @@ def run(backend: str, out: Path) -> dict[str, Any]:
     results = {}
     for name, (recipe, params) in SETTINGS.items():
         config = tpuspec.RunConfig(
-            seed=5, show_progress=False, save_summary_steps=None,
+            seed=5, show_progress=False, save_summary_steps=None, device="cuda" if backend == "cuda1" else None,
             tpu_config=tpuspec.TPUConfig(**DEVICES.get(backend, {})))
         trainer = tpuspec.Trainer(
             recipe.model_fn, model=lambda params, recipe=recipe: without_batch_norm(recipe.model(params)),

@@ -27,6 +27,19 @@ class SupportsClose(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawsAhead(Protocol):
+    """A source that draws ahead itself, from one of its own."""
+
+    def random_state(self) -> ProcessRandomState | None:
+        """As `PrefetchedBatches.random_state`."""
+        ...
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """As `PrefetchedBatches.paused`."""
+        ...
+
+
 SLOW_DRAW_SECONDS = 250e-6
 """A draw that costs less is cheaper than handing its batch from thread to thread, and Python's lock changes hands."""
 _ENOUGH = 8
@@ -54,6 +67,7 @@ class PrefetchedBatches(Generic[T]):
                  random_state: ProcessRandomState | None = None,
                  slow_seconds: float = SLOW_DRAW_SECONDS, clock: Callable[[], float] = time.perf_counter) -> None:
         self._source = source
+        self._inner = source if isinstance(source, DrawsAhead) else None
         self._num_batches = num_batches
         self._slow_seconds = slow_seconds
         self._clock = clock
@@ -93,7 +107,9 @@ class PrefetchedBatches(Generic[T]):
         None where that is the state as it is now: batches that were drawn ahead drew nothing from it.
         """
         with self._changed:
-            return self._random_state if self._ready else None
+            if self._ready:
+                return self._random_state
+        return None if self._inner is None else self._inner.random_state()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -103,7 +119,8 @@ class PrefetchedBatches(Generic[T]):
             while self._is_drawing:
                 self._changed.wait()
         try:
-            yield
+            with contextlib.nullcontext() if self._inner is None else self._inner.paused():
+                yield
         finally:
             with self._changed:
                 self._num_pauses -= 1

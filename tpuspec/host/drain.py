@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tpuspec.errors import DeviceError, TpuspecError
 from tpuspec.host.assemble import join_rows
@@ -91,7 +92,7 @@ class Drain:
           HostCallError: work on an earlier step raised.
           DeviceError: an earlier step's outputs could not be fetched.
         """
-        if self._copies > 1:
+        if self._copies > 1 and not outputs[0].num_stacked:
             outputs = outputs[:len(outputs) // self._copies]
         # Counted in global steps, from the value before the update: 0, n, 2n, ...
         without = "host_call" if (step - 1) % self._host_call_every else None
@@ -134,8 +135,16 @@ class Drain:
             raise DeviceError(f"the outputs of {steps} could not be brought from the device: "
                               f"{type(error).__name__}: {error}") from error
         self._fetched.extend(DrainedStep(
-            step.step, [_rebuild(output, step.without, fetched) for output in step.outputs],
+            step.step, self._parts(step, [_rebuild(output, step.without, fetched) for output in step.outputs]),
             step.outputs[0].functions, step.rows) for step in dispatched)
+
+    def _parts(self, step: _Dispatched, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns each replica's tensors, where they came stacked: by replica, then micro-batch, without copies."""
+        num_stacked = step.outputs[0].num_stacked
+        if not num_stacked:
+            return parts
+        return [pytree.tree_map(lambda tensor, i=i: tensor[i], part)
+                for i in range(num_stacked // self._copies) for part in parts]
 
 
 def _rebuild(output: StepOutput, without: str | None, fetched: Iterator[Tensor]) -> dict[str, Any]:

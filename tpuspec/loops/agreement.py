@@ -5,6 +5,7 @@ On one host nothing is asked: each function then answers by itself.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +15,8 @@ from tpuspec.checkpoint.state import TrainingState
 from tpuspec.config import LoopLength
 from tpuspec.data.deployment import InputPlan
 from tpuspec.data.pipeline import HostBatch, InputPipeline
+from tpuspec.data.prefetch import PrefetchedBatches
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.host.drain import DrainedStep
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.spec.backend import Topology
@@ -38,10 +41,16 @@ class AgreedSizer(LoopSizer):
         self._coordinator = coordinator
         self._asks = length.unit != "count" and coordinator.num_hosts > 1
 
-    def next_size(self, step: int) -> int:
-        """Returns the steps of the loop that starts after `step`; the same on every host."""
-        size = super().next_size(step)
-        return self._coordinator.exchange(size, name="the next loop")[0] if self._asks else size
+    def next_size(self, step: int, *, stops: bool = False) -> int:
+        """Returns the steps of the loop that starts after `step`; the same on every host that does not stop.
+
+        A host that stops where nobody asks is noticed by the others at their next batch.
+        """
+        size = super().next_size(step, stops=stops)
+        if not self._asks:
+            return size
+        sizes = self._coordinator.exchange(size, name="the next loop")
+        return sizes[0] if all(sizes) else 0
 
 
 class AgreedSavePolicy(SavePolicy):
@@ -87,7 +96,7 @@ class InputEnd:
     """Where an input ends before its end; on one host nobody else has to know.
 
     Attributes:
-      was_stopped: whether another host stopped, and the input has not come to its end.
+      was_stopped: whether a host stopped, and the input has not come to its end.
       is_shared: whether there are other hosts.
     """
 
@@ -101,12 +110,15 @@ class InputEnd:
 class AgreedInput(InputEnd):
     """One host's input, in step with that of the others: rows are told of all hosts, and all end together.
 
+    Each host draws its own batches ahead; the hosts ask one another when the loop takes one, on its thread.
+
     In training the first host that ends ends all; in evaluation and prediction those that have ended go on with padding
     until the last one ends. Where the chief alone calls input_fn, it deals each batch out. A host that was asked to
     stop calls `end` in place of drawing, and then the input of the others ends there too.
 
     Args:
       make: calls input_fn and returns its batches.
+      num_ahead: batches that are kept ready.
       coordinator: of the hosts.
       plan: the deployment.
       topology: who computes.
@@ -115,16 +127,29 @@ class AgreedInput(InputEnd):
 
     is_shared = True
 
-    def __init__(self, make: Callable[[], InputPipeline], coordinator: Coordinator, plan: InputPlan,
+    def __init__(self, make: Callable[[], InputPipeline], num_ahead: int, coordinator: Coordinator, plan: InputPlan,
                  topology: Topology, mode: ModeKeys) -> None:
         self._coordinator, self._plan, self._topology, self._mode = coordinator, plan, topology, mode
         self._is_dealt = len({call.host for call in plan.calls}) < topology.num_hosts
         with in_phase("input_fn"):
             self._pipeline = make() if plan.on_host(topology.host_index) else None
+        self._own = PrefetchedBatches(iter(()) if self._pipeline is None else self._pipeline, num_batches=num_ahead)
         self._has_ended = self._is_over = False
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Lets no batch be drawn ahead within the block."""
+        return self._own.paused()
+
+    def random_state(self) -> ProcessRandomState | None:
+        """As that of this host's own batches."""
+        return self._own.random_state()
+
+    def close(self) -> None:
+        """Lets go of this host's input."""
+        self._own.close()
 
     def __next__(self) -> HostBatch:
         batch = self._draw()
@@ -150,19 +175,14 @@ class AgreedInput(InputEnd):
     def end(self) -> None:
         """Ends the input of all hosts, unless it has ended."""
         if not self._is_over:
-            self._is_over = True
+            self._is_over = self.was_stopped = True
             self._coordinator.exchange(_STOP, name="the next batch")
-
-    def close(self) -> None:
-        """Lets go of this host's input."""
-        if self._pipeline is not None:
-            self._pipeline.close()
 
     def _draw(self) -> HostBatch | None:
         if self._pipeline is None or self._has_ended:
             return None
         with in_phase("input_fn"):
-            batch = next(self._pipeline, None)
+            batch = next(self._own, None)
         self._has_ended = batch is None
         return batch
 
@@ -191,12 +211,12 @@ class AgreedInput(InputEnd):
                          position=[] if batch is None else batch.position)
 
 
-def agreed_input(make: Callable[[], InputPipeline], coordinator: Coordinator, plan: InputPlan, topology: Topology,
-                 mode: ModeKeys) -> tuple[InputPipeline | AgreedInput, InputEnd]:
+def agreed_input(make: Callable[[], InputPipeline], num_ahead: int, coordinator: Coordinator, plan: InputPlan,
+                 topology: Topology, mode: ModeKeys) -> tuple[InputPipeline | AgreedInput, InputEnd]:
     """Returns the batches of all hosts, or on one host those of its pipeline as they are; and what ends them early."""
     if coordinator.num_hosts == 1:
         return make(), InputEnd()
-    batches = AgreedInput(make, coordinator, plan, topology, mode)
+    batches = AgreedInput(make, num_ahead, coordinator, plan, topology, mode)
     return batches, batches
 
 

@@ -53,8 +53,10 @@ class LoopSizer:
         self._last_step = last_step
         self._estimator = IterationCountEstimator()
 
-    def next_size(self, step: int) -> int:
-        """Returns the steps of the loop that starts after `step`; 0 at the end."""
+    def next_size(self, step: int, *, stops: bool = False) -> int:
+        """Returns the steps of the loop that starts after `step`; 0 at the end, or where this host stops."""
+        if stops:
+            return 0
         size = self._length.value if self._length.unit == "count" else self._estimator.get(self._length.value)
         return size if self._last_step is None else min(size, max(0, self._last_step - step))
 

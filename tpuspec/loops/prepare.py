@@ -114,7 +114,8 @@ class Preparation:
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
             seed=self._seed, starts=starts, strict_start=strict_start, batch_axis=self._batch_axis)
         batches, input_end = agreed_input(
-            lambda: InputPipeline(settings), backend.coordinator, self.plan, backend.topology, mode)
+            lambda: InputPipeline(settings), self._config.prefetch_batches, backend.coordinator, self.plan,
+            backend.topology, mode)
         try:
             restore_random()
             random_state = ProcessRandomState.take()
@@ -132,7 +133,7 @@ class Preparation:
         return Prepared(
             start=starts if starts is not None else start_of(first.position),
             batches=PrefetchedBatches(
-                # Several hosts ask one another for each batch, which belongs to the loop's thread.
+                # Several hosts ask one another for each batch, on the loop's thread; each draws its own ahead below.
                 batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
                 first=[first], random_state=random_state),
             step=step, rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)

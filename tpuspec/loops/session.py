@@ -211,20 +211,35 @@ class Session:
 
     @contextlib.contextmanager
     def with_buffers_of_chief(self) -> Iterator[None]:
-        """Lends the chief's buffers, such as the running statistics of BatchNorm, to the hosts that evaluate with it.
+        """Lends the buffers of the chief's first replica, such as BatchNorm's running statistics, to all replicas.
 
-        Gradients keep parameters equal; buffers follow each replica's own rows. The chief's are those of checkpoints.
+        Gradients keep parameters equal; buffers follow each replica's own rows. Those of the first are in checkpoints.
         """
-        if self.backend.coordinator.num_hosts == 1 or self.module is None:
+        with self.keeping_buffers() as own:
+            if own:
+                first = self.backend.coordinator.share(own[0])
+                for replica, buffers in zip(self.replicas, own, strict=True):
+                    if self.backend.coordinator.num_hosts > 1 or buffers is not own[0]:
+                        _copy_into(_buffers_of(replica), first)
             yield
+
+    @contextlib.contextmanager
+    def keeping_buffers(self) -> Iterator[list[list[Tensor]]]:
+        """Gives each replica its own buffers back at the end of the block.
+
+        Yields:
+          For each local replica its buffers on the host; nothing where one replica is all, or has none.
+        """
+        buffers = [_buffers_of(replica) for replica in self.replicas]
+        if self.backend.topology.num_replicas == 1 or not buffers[0]:
+            yield []
             return
-        buffers = [buffer for buffer in self.module.buffers() if buffer is not None]
-        own = [buffer.clone() for buffer in buffers]
-        _copy_into(buffers, self.backend.coordinator.share([buffer.cpu() for buffer in buffers]))
+        own = _own(self.backend.fetch(buffers), buffers)
         try:
-            yield
+            yield own
         finally:
-            _copy_into(buffers, own)
+            for tensors, values in zip(buffers, own, strict=True):
+                _copy_into(tensors, values)
 
     def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
         """Reads the module's state dict to the host, or what the scaffold's saver gives instead."""
@@ -297,6 +312,10 @@ def _tell_of_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if cast:
         logger.warning("the checkpoint was written in another precision: its weights are cast, %s. The optimizer's "
                        "state goes with them.", ", ".join(f"{old} -> {new}" for old, new in cast))
+
+
+def _buffers_of(replica: Replica) -> list[Tensor]:
+    return [] if replica.model is None else list(replica.model.buffers())
 
 
 def _own(fetched: Any, read: Any) -> Any:

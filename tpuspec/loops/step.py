@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tpuspec.config import RunConfig
 from tpuspec.errors import SpecError, SpecTypeError, SpecUsageError
@@ -192,13 +193,24 @@ def _output(tensors: dict[str, Any], spec: Spec, call: ModelFnCall, *, is_update
 
 
 def _native_functions(spec: Spec, mode: ModeKeys) -> HostFunctions:
-    """Converts the spec as CPU train and eval do; the scaffold was made once before the first step."""
+    """Converts the spec as CPU train and eval do; the scaffold was made once before the first step.
+
+    Host functions run on the host's tensors: those of a GPU are copied.
+    """
     if isinstance(spec, TPUEstimatorSpec):
-        spec = spec.replace(scaffold_fn=None).as_estimator_spec()
+        spec = spec.replace(
+            scaffold_fn=None,
+            eval_metrics=spec.eval_metrics and (spec.eval_metrics[0], _map(spec.eval_metrics[1], _to_host)),
+            host_call=spec.host_call and (spec.host_call[0], _map(spec.host_call[1], _to_host)))
+        spec = spec.as_estimator_spec()
         hooks = {ModeKeys.TRAIN: spec.training_hooks, ModeKeys.EVAL: spec.evaluation_hooks,
                  ModeKeys.PREDICT: spec.prediction_hooks}[mode]
         return HostFunctions(hooks=tuple(hooks or ()), eval_metric_ops=spec.eval_metric_ops)
-    return HostFunctions(eval_metric_ops=spec.eval_metric_ops)
+    return HostFunctions(eval_metric_ops=pytree.tree_map_only(Tensor, _to_host, spec.eval_metric_ops))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()
 
 
 def _detach(tensors: Any) -> Any:

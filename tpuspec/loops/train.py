@@ -110,8 +110,8 @@ class TrainLoop:
         session, context, input_ended = self.session, self.hooks.context, False
         if self.saver.begin(session.global_step, is_saved=self.restored):
             context.request_stop()
-        while not (input_ended or context.stop_requested) and (
-                size := self.sizer.next_size(session.global_step)):
+        while not input_ended and (
+                size := self.sizer.next_size(session.global_step, stops=context.stop_requested)):
             session.check_not_lent("train()")
             self.hooks.before_run(session.global_step)
             begun, first = self.clock(), session.global_step
@@ -140,9 +140,11 @@ class TrainLoop:
         outputs: list[StepOutput] = []
         for _ in range(num_steps):
             if self.hooks.context.stop_requested:  # by a signal; hooks ask at boundaries
-                break
+                self.input_end.end()  # the other hosts are within this loop too
+                return self.input_end.was_stopped, outputs
             update = self._run_update()
             if update is None:
+                self.input_end.end()  # a signal may have broken the draw off: the others must not wait for it
                 return True, outputs
             outputs, rows = update
             self.session.count_update()

@@ -66,7 +66,7 @@ class TrainingRun:
         input_ended = self._run_loop(writer, last_step)
         self.interruption.agree(session.backend.coordinator)
         if self.interruption.signal is None:
-            if input_ended and last_step is not None:
+            if input_ended and last_step is not None and not self.prepared.input_end.was_stopped:
                 self.progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a "
                                       "Dataset, or repeat the batches in input_fn, to train on.")
             if session.global_step == first_step:

@@ -99,6 +99,7 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
             yield evaluated
             return
         own = session.model_state()
+        held.enter_context(session.keeping_buffers())
         try:
             session.load_model(tensors, scaffold)
             session.set_global_step(step)

@@ -367,7 +367,7 @@ class CapturedStep:
         self._kept = (feeds, sent)
         return [StepOutput(tensors=rebuild(output.tensors, iter(
             [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
-            functions=output.functions, is_update=output.is_update)
+            functions=output.functions, is_update=output.is_update, num_stacked=output.num_stacked)
             for output, result, tensors in zip(program.outputs, results, sent, strict=True)]
 
 

@@ -20,11 +20,15 @@ class Client:
       hardware: 'TPU' or 'CPU'.
       num_devices: devices of this host.
       already_ran: whether it was started before.
+      num_hosts: processes with devices.
+      host_index: this one among them.
     """
 
     hardware: str
     num_devices: int
     already_ran: bool
+    num_hosts: int
+    host_index: int
 
 
 def start_client(platform: str, *, spmd: bool) -> Client:
@@ -36,7 +40,7 @@ def start_client(platform: str, *, spmd: bool) -> Client:
 
     Raises:
       DeviceError: no device, or the client runs on another platform, with other devices, or in the other mode.
-      ConfigError: there are several hosts.
+      ConfigError: there are several hosts, which a mesh does not span.
     """
     already_ran = torch_xla._XLAC._xla_runtime_is_initialized()
     _check_mode(already_ran, spmd=spmd)
@@ -53,16 +57,17 @@ def start_client(platform: str, *, spmd: bool) -> Client:
         raise DeviceError(
             f"The XLA client of this process already runs on {hardware}; PJRT_DEVICE={platform} came too late. "
             "Set PJRT_DEVICE before the first XLA call of the process.")
-    if xr.process_count() > 1:
+    if spmd and xr.process_count() > 1:
         raise ConfigError(
-            f"this version of tpuspec drives the XLA devices of one host; {xr.process_count()} hosts were found. "
-            "Take a slice of one host, or use_tpu=False on CPUs or GPUs, which computes on several.")
+            f"this version of tpuspec spreads a mesh over the XLA devices of one host; {xr.process_count()} hosts were "
+            "found. Take a slice of one host, or leave num_cores_per_replica, mesh, sharding and fsdp unset.")
     wanted = int(os.environ.get("CPU_NUM_DEVICES", "1"))
     if hardware == "CPU" and already_ran and wanted != num_devices:
         raise DeviceError(
             f"The XLA client of this process already runs with {num_devices} CPU devices; CPU_NUM_DEVICES="
             f"{wanted} came too late. Set it before the first XLA call of the process.")
-    return Client(hardware=hardware, num_devices=num_devices, already_ran=already_ran)
+    return Client(hardware=hardware, num_devices=num_devices, already_ran=already_ran,
+                  num_hosts=xr.process_count(), host_index=xr.process_index())
 
 
 def _check_mode(already_ran: bool, *, spmd: bool) -> None:

@@ -210,6 +210,11 @@ def allow_execution(allowed: bool) -> None:
     _C._set_allow_execution(allowed)
 
 
+def all_devices() -> list[str]:
+    """Returns the devices of all hosts, in the order of collectives."""
+    return sorted(_C._xla_get_all_devices(), key=lambda device: int(device.rpartition(":")[2]))
+
+
 def set_replication(devices: Sequence[str]) -> None:
     """Tells torch_xla which devices compute together; [] for one alone."""
     _C._xla_set_replication_devices(list(devices))

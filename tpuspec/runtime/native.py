@@ -14,10 +14,11 @@ from tpuspec.config import RunConfig
 from tpuspec.errors import DeviceError, SpecError
 from tpuspec.runtime import tree_codec
 from tpuspec.runtime.alone import Alone
+from tpuspec.runtime.environment import read_local_rank
 from tpuspec.runtime.gradients import sum_gradients
-from tpuspec.runtime.launch import launch_info
 from tpuspec.runtime.placement import module_as_before, move_module
-from tpuspec.runtime.process_group import NativeCoordinator, join
+from tpuspec.runtime.process_group import NetworkCoordinator, join, joined
+from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.phase import in_phase
@@ -40,10 +41,10 @@ class NativeBackend:
     static_shapes = False
     coordinator: Coordinator = Alone()
     _device = torch.device("cpu")
-    _group: NativeCoordinator | None = None
+    _group: NetworkCoordinator | None = None
     _compile_model = False
 
-    def __init__(self, device: torch.device | None = None, group: NativeCoordinator | None = None, *,
+    def __init__(self, device: torch.device | None = None, group: NetworkCoordinator | None = None, *,
                  compile_model: bool = False) -> None:
         self._device = device or torch.device("cpu")
         self._compile_model = compile_model
@@ -66,7 +67,8 @@ class NativeBackend:
         """
         cluster = config.cluster
         device = find_device(config.device or "cpu")
-        group = join(config, device) if cluster.num_workers > 1 else None
+        # Those of a TPU pod have met already: there this backend evaluates for an XLA one.
+        group = join(config, device) if cluster.num_workers > 1 else joined()
         return cls(device, group, compile_model=config.compile)
 
     def place(self, model: nn.Module | None) -> list[Replica]:
@@ -76,24 +78,12 @@ class NativeBackend:
           SpecError: the processes built different modules.
         """
         if model is not None:
+            start_from_chief(model, self.coordinator)
             move_module(model, self._device)
-            if self._group is not None:
-                self._start_equal(model, self._group)
             if self._compile_model:
                 model.compile()
         return [Replica(ordinal=self.topology.host_index, device=self._device, model=model,
                         global_step=torch.zeros(1, dtype=torch.int64, device=self._device))]
-
-    def _start_equal(self, model: nn.Module, group: NativeCoordinator) -> None:
-        state = [(name, tensor) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)]
-        described = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in state]
-        if group.exchange(described, name="the module's parameters")[0] != described:
-            raise SpecError(f"host {self.topology.host_index} built another module than the chief. model(params) must "
-                            "return the same on every host.")
-        values = group.share([tensor.detach().cpu() for _, tensor in state])
-        with torch.no_grad():
-            for (_, tensor), value in zip(state, values, strict=True):
-                tensor.copy_(value)
 
     def seed(self, seed: int) -> None:
         """Seeds torch's random state; each process has its own, so that dropout differs between replicas."""
@@ -168,7 +158,7 @@ def find_device(kind: str) -> torch.device:
     """
     if kind == "cpu":
         return torch.device("cpu")
-    count, local = torch.cuda.device_count(), launch_info().local_rank
+    count, local = torch.cuda.device_count(), read_local_rank()
     if local >= count:
         raise DeviceError("device='cuda' needs a GPU for each process of this machine; this one is number "
                           f"{local}, and torch {torch.__version__} finds {count} GPUs. Start fewer processes, or take "
@@ -191,7 +181,7 @@ class EagerStep:
     backend: NativeBackend
     step: StepFunction
     replicas: tuple[Replica, ...]
-    group: NativeCoordinator | None = None
+    group: NetworkCoordinator | None = None
     _skeleton: Any = field(default=None, init=False)
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
@@ -204,7 +194,7 @@ class EagerStep:
     def publish(self) -> None:
         """State is always readable."""
 
-    def _to_chief(self, output: StepOutput, group: NativeCoordinator) -> list[StepOutput]:
+    def _to_chief(self, output: StepOutput, group: NetworkCoordinator) -> list[StepOutput]:
         skeleton, tensors = tree_codec.encode(dict(output.tensors))
         if self._skeleton is None:
             others = group.exchange(skeleton, name="shapes of host tensors")

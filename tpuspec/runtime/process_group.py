@@ -1,4 +1,4 @@
-"""Joins the processes of a torchrun launch: rendezvous, groups, health; once a process."""
+"""Joins the processes of a run over their network: rendezvous, groups, health; once a process."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tpuspec.config import RunConfig
 from tpuspec.errors import ConfigError, DeviceError, HostFailureError
 from tpuspec.runtime.collectives import Collectives
+from tpuspec.runtime.environment import read_first_address
 from tpuspec.runtime.health import Health
 from tpuspec.spec.phase import phase_of
 
@@ -30,11 +31,11 @@ JOIN_SECONDS = 300.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=12)
 _LEAVE_SECONDS = 5.0
 
-_joined: list[NativeCoordinator] = []
+_joined: list[NetworkCoordinator] = []
 
 
-class NativeCoordinator:
-    """The processes of a torch.distributed group; see `tpuspec.spec.coordinator.Coordinator`."""
+class NetworkCoordinator:
+    """Processes that reach one another by sockets; see `tpuspec.spec.coordinator.Coordinator`."""
 
     def __init__(self, collectives: Collectives, health: Health, store: dist.Store) -> None:
         self.collectives = collectives
@@ -90,7 +91,7 @@ class NativeCoordinator:
         self._health.close()
 
 
-def join(config: RunConfig, device: torch.device) -> NativeCoordinator:
+def join(config: RunConfig, device: torch.device) -> NetworkCoordinator:
     """Joins the run's other processes, or returns the group that this process is in already.
 
     Raises:
@@ -100,28 +101,50 @@ def join(config: RunConfig, device: torch.device) -> NativeCoordinator:
     if _joined:
         return _joined[0]
     cluster = config.cluster
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(f"RANK and WORLD_SIZE={cluster.num_workers} are set, and {' and '.join(missing)} "
-                          "not: where the first process can be reached. torchrun sets all four.")
     rank, world = cluster.task_index, cluster.num_workers
+    address = read_first_address(world)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
     except (RuntimeError, ValueError) as error:
-        raise DeviceError(f"process {rank} of {world} cannot reach the first one at {os.environ['MASTER_ADDR']}:"
-                          f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from error
+        raise DeviceError(f"process {rank} of {world} cannot reach the first one at {address[0]}:{address[1]}: "
+                          f"{str(error).splitlines()[0]}") from error
+    return connect(store, rank, world, address=address, heartbeat_seconds=config.heartbeat_seconds,
+                   on_gpu=device.type == "cuda")
+
+
+def joined() -> NetworkCoordinator | None:
+    """Returns the group that this process is in; None alone."""
+    return _joined[0] if _joined else None
+
+
+def connect(store: dist.Store, rank: int, world: int, *, address: tuple[str, int], heartbeat_seconds: float,
+            on_gpu: bool = False) -> NetworkCoordinator:
+    """Connects processes that share a store; this process is in their group from then on.
+
+    Args:
+      store: of all of them.
+      rank: this process.
+      world: all of them.
+      address: where the first process's store is reached.
+      heartbeat_seconds: silence after which a process has failed.
+      on_gpu: whether collectives run on GPUs too.
+
+    Raises:
+      ConfigError: another process has the same rank.
+      DeviceError: some processes do not come, or cannot be reached.
+    """
     own = dist.PrefixStore("tpuspec", store)
     _check_all_here(own, rank, world)
-    health = _start_health(own, rank, world, config.heartbeat_seconds)
+    health = _start_health(own, rank, world, heartbeat_seconds, address)
     try:
         # Groups of our own: torch's default group stays the user's, and torchmetrics, which would bring metrics of the
         # chief's host half together over it, finds none.
         control = _gloo(dist.PrefixStore("gloo", own), rank, world, health.own_address)
-        on_device = _nccl(dist.PrefixStore("nccl", own), rank, world) if device.type == "cuda" else None
+        on_device = _nccl(dist.PrefixStore("nccl", own), rank, world) if on_gpu else None
     except RuntimeError as error:
         raise DeviceError(f"process {rank} of {world} cannot connect to the others: "
                           f"{str(error).splitlines()[0]}") from error
-    coordinator = NativeCoordinator(
+    coordinator = NetworkCoordinator(
         Collectives(host_index=rank, num_hosts=world, health=health, control=control, device_group=on_device),
         health, own)
     _joined.append(coordinator)
@@ -159,26 +182,26 @@ def _check_all_here(store: dist.Store, rank: int, world: int) -> None:
         time.sleep(0.05)
 
 
-def _start_health(store: dist.Store, rank: int, world: int, heartbeat_seconds: float) -> Health:
+def _start_health(store: dist.Store, rank: int, world: int, heartbeat_seconds: float,
+                  address: tuple[str, int]) -> Health:
     if rank == 0:
         # The address by which this machine reaches the rendezvous is one by which the others reach it.
-        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 30.0) as probe:
-            family, address = probe.family, probe.getsockname()[0]
-        listener = socket.create_server((address, 0), family=family, backlog=world)
+        with socket.create_connection(address, 30.0) as probe:
+            family, own = probe.family, probe.getsockname()[0]
+        listener = socket.create_server((own, 0), family=family, backlog=world)
         token = secrets.token_hex(16)
-        store.set("health", json.dumps([address, listener.getsockname()[1], token]))
+        store.set("health", json.dumps([own, listener.getsockname()[1], token]))
         return Health(host_index=0, num_hosts=world, heartbeat_seconds=heartbeat_seconds, token=token,
                       listener=listener)
-    address, port, token = json.loads(store.get("health"))
+    host, port, token = json.loads(store.get("health"))
     try:
-        chief = socket.create_connection((address, port), 30.0)
+        chief = socket.create_connection((host, port), 30.0)
     except OSError as error:
-        raise DeviceError(f"process {rank} of {world} cannot reach the first one at {address}:{port}: {error}"
-                          ) from error
+        raise DeviceError(f"process {rank} of {world} cannot reach the first one at {host}:{port}: {error}") from error
     return Health(host_index=rank, num_hosts=world, heartbeat_seconds=heartbeat_seconds, token=token, chief=chief)
 
 
-def _leave(coordinator: NativeCoordinator) -> None:
+def _leave(coordinator: NetworkCoordinator) -> None:
     failed = coordinator.any_failed()
     if not failed:
         with contextlib.suppress(HostFailureError, RuntimeError):

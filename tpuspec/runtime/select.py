@@ -59,6 +59,16 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     return XlaReplicas.start(config, platform=platform, reason=reason)
 
 
+def may_span_hosts(config: RunConfig, *, use_tpu: bool) -> bool:
+    """Whether other processes may compute with this one, as its settings say; starts nothing.
+
+    A TPU may be part of a pod, which shows when its client has started.
+    """
+    if config.cluster.num_workers > 1:
+        return True
+    return use_tpu and importlib.util.find_spec("torch_xla") is not None and choose_platform()[0] != "CPU"
+
+
 def _make_cpu_devices(num_devices: int) -> None:
     """Asks the XLA client of this process, if it has not started, for that many CPU devices."""
     torch_xla = sys.modules.get("torch_xla")

@@ -1,4 +1,4 @@
-"""XLA, data parallel: one replica per local device, all driven by one Python thread."""
+"""XLA, data parallel: one replica per device, those of a host driven by one Python thread."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ from tpuspec.runtime.capture import CapturedStep
 from tpuspec.runtime.client import start_client
 from tpuspec.runtime.learning_rates import LearningRates, make_capturable
 from tpuspec.runtime.placement import module_as_before, move_module
+from tpuspec.runtime.pod import Pod
+from tpuspec.runtime.same_start import start_from_chief
+from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
+from tpuspec.runtime.xla_pod import find_pod
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
+from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import reduce_with
 
@@ -35,20 +40,30 @@ _SEED_OF_REPLICA = 0x9E3779B97F4A7C15
 
 
 class XlaReplicas:
-    """The XLA devices of this host as replicas; see `spec.backend.Backend` for the verbs."""
+    """XLA devices as replicas; see `spec.backend.Backend` for the verbs.
+
+    Args:
+      devices: of this host.
+      topology: of all hosts.
+      capture, audit_every_steps: as in RunConfig.
+      groups: devices that compute together, where that is not all of them.
+      pod: the hosts; None for one. Host tensors go to the chief over the devices, within the step.
+    """
 
     static_shapes = True
-    coordinator = Alone()
 
     def __init__(self, devices: Sequence[torch.device], topology: Topology, *,
                  capture: CaptureMode = CaptureMode.off, audit_every_steps: int = 1000,
-                 groups: list[list[int]] | None = None) -> None:
+                 groups: list[list[int]] | None = None, pod: Pod | None = None) -> None:
         self._devices = tuple(devices)
         self._names = tuple(str(device) for device in devices)
         self._capture, self._audit_every = capture, audit_every_steps
         self._groups = groups
         self._newest: CapturedStep | None = None
+        self._pod = pod
+        self.coordinator: Coordinator = Alone() if pod is None else pod.coordinator
         self.topology = topology
+        self._first_ordinal = topology.host_index * topology.num_replicas_per_host
 
     @property
     def step_kind(self) -> str:
@@ -66,7 +81,7 @@ class XlaReplicas:
           ConfigError: num_shards or num_cores_per_replica do not fit the devices.
         """
         client = start_client(platform, spmd=False)
-        hardware, num_devices = client.hardware, client.num_devices
+        hardware, num_devices, num_hosts = client.hardware, client.num_devices, client.num_hosts
         shards, is_cpu = config.tpu_config.num_shards, client.hardware == "CPU"
         if is_cpu and shards is not None:
             if num_devices % shards:
@@ -77,26 +92,34 @@ class XlaReplicas:
                     "first. Leave it None to take what is found.")
             num_replicas = shards
         else:
-            num_replicas = count_replicas(config.tpu_config, num_devices=num_devices,
+            num_replicas = count_replicas(config.tpu_config, num_devices=num_devices * num_hosts,
                                           num_devices_per_host=num_devices)
+            if num_replicas != num_devices * num_hosts and num_hosts > 1:
+                raise ConfigError(f"num_shards=1 takes one device, and this pod has {num_hosts} hosts. Leave it None, "
+                                  "or start on one host.")
+            num_replicas //= num_hosts
         devices = [torch_xla.device(i) for i in range(num_replicas)]
         names = tuple(f"{hardware}:{i}" for i in range(num_replicas))
         # A program is compiled for all devices of the client: those that take no part make groups of their own.
         groups = None if num_replicas == num_devices else [
             list(range(first, first + num_replicas)) for first in range(0, num_devices, num_replicas)]
         return cls(devices, Topology(
-            platform=hardware, devices=names, num_replicas_per_host=num_replicas, reason=reason),
-            capture=config.capture, audit_every_steps=config.audit_every_steps, groups=groups)
+            platform=hardware, devices=names, num_replicas_per_host=num_replicas, num_hosts=num_hosts,
+            host_index=client.host_index, reason=reason),
+            capture=config.capture, audit_every_steps=config.audit_every_steps, groups=groups,
+            pod=find_pod(config.heartbeat_seconds))
 
     def place(self, model: nn.Module | None) -> list[Replica]:
         """Puts a copy of the module on each device: the first holds the module itself."""
         replicas = []
+        if model is not None:
+            start_from_chief(model, self.coordinator)
         modules = [model, *(copy.deepcopy(model) for _ in self._devices[1:])]
         for ordinal, (device, module) in enumerate(zip(self._devices, modules, strict=True)):
             graph.use_device(self._names[ordinal])
             if module is not None:
                 move_module(module, device)
-            replicas.append(Replica(ordinal=ordinal, device=device, model=module,
+            replicas.append(Replica(ordinal=self._first_ordinal + ordinal, device=device, model=module,
                                     global_step=torch.zeros(1, dtype=torch.int64).to(device)))
         graph.use_device(self._names[0])
         torch_xla.sync(wait=True)
@@ -105,7 +128,7 @@ class XlaReplicas:
     def seed(self, seed: int) -> None:
         """Seeds torch on the host and the random state of each device, each with its own."""
         torch.manual_seed(seed)
-        for ordinal, device in enumerate(self._names):
+        for ordinal, device in enumerate(self._names, start=self._first_ordinal):
             graph.set_seed((seed + ordinal * _SEED_OF_REPLICA) % (1 << 64), device)
 
     def rng_state(self) -> RngState:
@@ -129,17 +152,24 @@ class XlaReplicas:
         for replica in replicas:
             for optimizer in replica.optimizers.values():
                 make_capturable(optimizer)
-        alone = len(replicas) == 1
-        return _Newest(self, CapturedStep(
-            step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step,
-            name=getattr(step, "name", "the step"),
+        alone = self.topology.num_replicas == 1
+        name = getattr(step, "name", "the step")
+        if self._pod is not None:
+            step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
+        captured = _Newest(self, CapturedStep(
+            step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name=name,
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
                                 rates=LearningRates(replicas)) if alone else None))
+        return captured if self._pod is None else only_on_chief(captured, self.topology)
 
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
-        several = len(self._devices) > 1
-        graph.set_replication([name.replace("xla", self.topology.platform) for name in self._names] if several else [])
+        if self._pod is not None:
+            graph.set_replication(graph.all_devices())
+        else:
+            several = len(self._devices) > 1
+            graph.set_replication(
+                [name.replace("xla", self.topology.platform) for name in self._names] if several else [])
         try:
             with reduce_with(self):
                 yield
@@ -196,7 +226,10 @@ class XlaReplicas:
             return tensor
         gathered = xm.all_gather(tensor, dim=0, groups=self._groups, pin_layout=False)
         graph.allow_execution(False)
-        return gathered
+        if self._pod is None or self._pod.order == tuple(range(self.topology.num_replicas)):
+            return gathered
+        parts = gathered.chunk(self.topology.num_replicas)
+        return torch.cat([parts[place] for place in self._pod.order])
 
 
 class SentBatch:

@@ -65,11 +65,13 @@ class StepOutput:
         'predictions' (list or dict). A group that the step does not have is absent.
       functions: the host functions for these tensors.
       is_update: whether a training step completed its update; False while gradients accumulate.
+      num_stacked: replicas whose tensors are stacked in these, [num_stacked, ...]; 0 where they are one replica's.
     """
 
     tensors: Mapping[str, Any]
     functions: HostFunctions = field(default_factory=HostFunctions)
     is_update: bool = True
+    num_stacked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
