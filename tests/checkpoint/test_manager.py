@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from tpuspec.checkpoint.manager import CheckpointManager
@@ -40,6 +42,23 @@ def test_retention_goes_on_over_restarts(tmp_path):
             manager.save(TrainingState(global_step=step))
     # Minutes 80, 160, 200, 280, 320, 400 follow a full hour first; 440 is the newest.
     assert manager.store.steps() == [2, 4, 5, 7, 8, 10, 11]
+
+
+def test_fault_52_a_clock_that_jumps_back_changes_neither_the_order_nor_the_distance_of_checkpoints(
+        tmp_path, monkeypatch):
+    monotonic = iter(float(second) for second in range(0, 1000, 50))
+    manager = CheckpointManager(
+        CheckpointStore(tmp_path), SavePolicy(None, 60, clock=lambda: next(monotonic)),
+        RetentionPolicy(max_to_keep=2, keep_every_n_hours=None))
+    manager.store.prepare()
+    for step in range(6):
+        seconds = 2e9 - 1e6 * step
+        monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+        if manager.save_policy.should_save(step):
+            path = manager.save(TrainingState(global_step=step))
+            os.utime(path, (seconds, seconds))
+            assert manager.store.latest() == path
+    assert manager.store.steps() == [2, 4]
 
 
 def test_nothing_is_deleted_or_marked_when_the_save_fails(tmp_path, monkeypatch):

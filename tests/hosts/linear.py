@@ -60,6 +60,9 @@ def fail(place: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         if options.get("how") == "exit":
             sys.exit(7)
+        if options.get("how") == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         raise ValueError(f"made to fail in {place}")
 
 
@@ -177,7 +180,11 @@ def run(job: str, out: Path, **given: str) -> None:
     for part in job.split(","):
         if part == "train":
             hooks = [Stop()] if "stop" in options else None
-            made.train(input_fn, max_steps=int(options.get("steps", "50")), hooks=hooks)
+            try:
+                made.train(input_fn, max_steps=int(options.get("steps", "50")), hooks=hooks)
+            except SystemExit:
+                (out / f"step{host}").write_text(str(made.global_step()))
+                raise
         if part == "resume":
             made = trainer(Path(made.model_dir))
             made.train(input_fn, max_steps=50)

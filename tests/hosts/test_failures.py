@@ -41,7 +41,7 @@ def test_a_process_that_exits_is_no_silent_end(run_hosts):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_killed_process_is_named_at_once(run_hosts, failing):
+def test_fault_26_a_killed_process_is_named_at_once(run_hosts, failing):
     outcome = run_hosts(3, "train", steps=2000, fail="input_fn", how="kill", host=failing, save=5)
     assert outcome.codes[failing] == -9
     assert outcome.seconds < MOST_SECONDS
@@ -51,6 +51,15 @@ def test_a_killed_process_is_named_at_once(run_hosts, failing):
                         told(outcome, host))
     store = CheckpointStore(outcome.out / "run0")
     assert store.steps()
+    assert store.damaged_steps() == []
+
+
+def test_fault_25_a_signal_to_one_host_stops_all_after_one_save(run_hosts):
+    outcome = run_hosts(3, "train", steps=2000, fail="input_fn", how="term", host=1, save=1000)
+    assert outcome.codes == [143, 143, 143], outcome.stderr(0)
+    assert outcome.seconds < MOST_SECONDS
+    store = CheckpointStore(outcome.out / "run0")
+    assert {int((outcome.out / f"step{host}").read_text()) for host in range(3)} == {store.steps()[-1]} != {0}
     assert store.damaged_steps() == []
 
 

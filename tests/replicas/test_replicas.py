@@ -156,7 +156,7 @@ def test_replicas_drop_different_units(tmp_path):
         assert kept[:64] != kept[64:]
 
 
-def test_an_error_on_one_replica_is_that_error_and_nothing_is_launched(tmp_path):
+def test_fault_30_an_error_on_one_replica_is_that_error_and_nothing_is_launched(tmp_path):
     calls = []
 
     def failing(features, labels, mode, params, model, optimizer, global_step):
