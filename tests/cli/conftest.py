@@ -30,6 +30,8 @@ class Calls:
 class FakeTrainer:
     """The Trainer's interface without a model."""
 
+    is_chief = True
+
     def __init__(self, calls: Calls, model_fn: Any, **arguments: Any) -> None:
         calls.made.append({"model_fn": model_fn, **arguments})
         self._calls, self.config = calls, arguments["config"]
