@@ -16,6 +16,7 @@ from tpuspec.host.metric_state import MetricState
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import EvalWork
+from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.prepare import Preparation, Prepared
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.spec.backend import Backend, CompiledStep, Replica
@@ -56,7 +57,7 @@ def evaluate(num_replicas: int, batch_size: int, *, num_rows: int, model_fn: Cal
     writer, metrics = MemoryWriter(), MetricState()
     work = EvalWork(writer=writer, metrics=metrics, progress=Progress(enabled=False), step_kind="eager", global_step=0)
     with HostExecutor() as executor:
-        EvaluateLoop(backend=backend, step=prepared.step, batches=prepared.batches,
+        EvaluateLoop(backend=backend, step=prepared.step, batches=prepared.batches, interruption=Interruption(1.0),
                      drain=Drain(backend.fetch, executor, work=work, copies=prepared.copies),
                      hooks=HookRunner((), HookContext(mode=ModeKeys.EVAL), writer=writer)).run()
     return work.loss.compute(), metrics.compute()
