@@ -223,7 +223,7 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
     gc.collect()  # cycles may hold the tensors of a spec that is gone
     if graph.num_pending(device) <= num_known:
         return
-    kept = [item for item in instances_of(Tensor) if item.device.type == "xla" and str(item.device) == device]
+    kept = [item for item in instances_of(Tensor) if _is_on(item, device)]
     hidden = {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
               if is_pending}
     left = [tensor for number, tensor in hidden.items() if number not in known]
@@ -233,6 +233,13 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
         recording.notes.append(
             f"it leaves {len(left)} tensors behind, of shapes {shapes}, in an attribute, a list or the closure of a "
             "host function. Pass them to metric_fn or host_call in their tensors, or make them buffers")
+
+
+def _is_on(tensor: Tensor, device: str) -> bool:
+    try:
+        return tensor.device.type == "xla" and str(tensor.device) == device
+    except RuntimeError:  # it has no device: another thread is just giving it up
+        return False
 
 
 def compile_recording(recording: Recording, device: str) -> None:
