@@ -21,6 +21,10 @@ Messages say the rule, what was got and how to mend it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class TpuspecError(Exception):
     """Base of every error that tpuspec raises on purpose."""
@@ -80,3 +84,14 @@ class HostFailureError(TpuspecError, RuntimeError):
 
 class CheckpointError(TpuspecError, RuntimeError):
     """A checkpoint cannot be written, or what is stored cannot be used."""
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Turns the exceptions of a file system's own client into OSError, of which callers know."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

@@ -16,25 +16,23 @@ from torch import nn
 
 from tpuspec import arguments
 from tpuspec.checkpoint.location import is_remote
-from tpuspec.checkpoint.policy import SavePolicy
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import LoopLength, RunConfig
 from tpuspec.data.batch_axis import BatchAxis
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.errors import ConfigError
-from tpuspec.host.executor import HostExecutor
-from tpuspec.loops.agreement import AgreedSavePolicy, ends_input
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
-from tpuspec.loops.hooks import HookRunner, check_hooks, check_listeners
+from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.memory import explain_out_of_memory
-from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples, to_numpy
+from tpuspec.loops.predict import to_numpy
+from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
 from tpuspec.loops.report import banner_facts
-from tpuspec.loops.saving import Saver, make_manager
+from tpuspec.loops.saving import Saver, make_manager, make_policy
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
@@ -42,7 +40,7 @@ from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import may_span_hosts, select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
-from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
+from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import EvalResult
 from tpuspec.spec.scaffold import Scaffold
@@ -204,7 +202,7 @@ class Trainer:
         preparation = self._prepare(session, ModeKeys.TRAIN, on_xla=self._use_tpu)
         arguments.check_train_length(steps, max_steps, on_xla=self._use_tpu)
         checked_listeners = check_listeners(saving_listeners)
-        if checked_listeners and not self._save_policy(session).enabled:
+        if checked_listeners and not make_policy(self._config, session.backend.coordinator).enabled:
             raise ConfigError("There should be a CheckpointSaverHook to use saving_listeners: set "
                               "save_checkpoints_steps or save_checkpoints_secs.")
         with (store_of(self._store, session.backend.coordinator).writing(),
@@ -217,7 +215,7 @@ class Trainer:
     def _train(self, session: Session, preparation: Preparation, input_fn: Callable[..., Any],
                hooks: Sequence[SessionRunHook], listeners: Sequence[CheckpointSaverListener], steps: int | None,
                max_steps: int | None, interruption: Interruption) -> None:
-        save_policy = self._save_policy(session)
+        save_policy = make_policy(self._config, session.backend.coordinator)
         store = store_of(self._store, session.backend.coordinator)
         session.check_not_lent("train()")
         session.ensure_optimizers()
@@ -342,22 +340,10 @@ class Trainer:
             stack.enter_context(session.lent())
             writer = stack.enter_context(contextlib.closing(
                 self._writer(session, os.path.join(self.model_dir, "predict"))))
-            executor = stack.enter_context(HostExecutor(self._config.host_queue_size))
-            context = HookContext(mode=ModeKeys.PREDICT, model=session.module)
-            loop = PredictLoop(
-                backend=session.backend, step=prepared.step, batches=prepared.batches, executor=executor,
-                copies=prepared.copies, most_ahead=self._config.host_queue_size,
-                writer=writer, global_step=session.global_step,
-                hooks=HookRunner([*checked_hooks, *prepared.rehearsal.hooks], context, writer=writer,
-                                 summary_step=session.global_step))
-            stack.enter_context(session.with_buffers_of_chief())
-            stack.push(ends_input(prepared.input_end))
-            with contextlib.closing(loop.run()) as steps:
-                for step in steps:
-                    if not session.backend.coordinator.is_chief:
-                        continue
-                    predictions = select_predictions(step.join("predictions"), predict_keys)
-                    yield from single_examples(predictions) if yield_single_examples else (predictions,)
+            yield from PredictionRun(
+                session=session, prepared=prepared, hooks=[*checked_hooks, *prepared.rehearsal.hooks],
+                queue_size=self._config.host_queue_size, predict_keys=predict_keys,
+                yield_single_examples=yield_single_examples).run(writer)
 
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""
@@ -403,11 +389,6 @@ class Trainer:
         for session in self._sessions.values():
             explain_out_of_memory(error, phase, self._batch_sizes, session.backend.topology.num_replicas)
             session.backend.coordinator.report(error, phase)
-
-    def _save_policy(self, session: Session) -> SavePolicy:
-        steps, seconds = self._config.save_checkpoints_steps, self._config.save_checkpoints_secs
-        assert not isinstance(steps, str) and not isinstance(seconds, str), "resolved by RunConfig"
-        return AgreedSavePolicy(session.backend.coordinator, steps, seconds)
 
     def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
         return Preparation(

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from tests.faults.zygote_process import open_zygote
 from tpuspec.checkpoint.store import CheckpointStore
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ["config=faulty", f"--config-dir={Path(__file__).parent / 'configs'}", "allow=[tests.faults.]"]
 _SECONDS_TO_BE_GONE = 10.0
 _RUN_SECONDS = 240.0
@@ -69,13 +68,8 @@ class Commands:
     @classmethod
     @contextmanager
     def open(cls) -> Iterator[Commands]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}
-        with subprocess.Popen([sys.executable, "-m", "tests.faults.train_zygote"], stdin=subprocess.PIPE, text=True,
-                              stdout=subprocess.PIPE, cwd=ROOT, env=environment) as zygote:
-            assert zygote.stdout is not None and zygote.stdin is not None
-            assert zygote.stdout.readline() == "ready\n"
+        with open_zygote() as zygote:
             yield cls(zygote)
-            zygote.stdin.close()
 
     def start(self, folder: Path, *arguments: str) -> Run:
         """Starts `config=faulty` in a folder, which holds its output and, where nothing else is said, its model_dir."""

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 
+from tests.faults.zygote_process import ROOT, open_zygote
 from tpuspec.checkpoint.store import CheckpointStore
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY_STEPS = 3
 _RUN_SECONDS = 600.0
 _COMMON = ["mode=train", "tpu.iterations_per_loop=3", f"run.save_checkpoints_steps={SAVE_EVERY_STEPS}",
@@ -40,13 +39,8 @@ class Trainings:
     @classmethod
     @contextlib.contextmanager
     def open(cls) -> Iterator[Trainings]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}
-        with subprocess.Popen([sys.executable, "-m", "tests.faults.train_zygote"], stdin=subprocess.PIPE, text=True,
-                              stdout=subprocess.PIPE, cwd=ROOT, env=environment) as zygote:
-            assert zygote.stdout is not None and zygote.stdin is not None
-            assert zygote.stdout.readline() == "ready\n"
+        with open_zygote() as zygote:
             yield cls(zygote)
-            zygote.stdin.close()
 
     def start(self, recipe: str, num_replicas: int, model_dir: Path, max_steps: int) -> int:
         """Starts a run; returns its process number."""

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from tests.faults.commands import CONFIG, ROOT
+from tests.faults.commands import CONFIG
+from tests.faults.zygote_process import ROOT
 
 pytestmark = pytest.mark.slow
 

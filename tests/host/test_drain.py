@@ -69,26 +69,26 @@ def test_the_worker_fetches_and_works_on_each_step_in_order():
     recorder.close()
 
 
-def test_steps_that_wait_are_fetched_in_one_transfer():
-    recorder = Recorder()
+def run_three_behind_one(recorder):
+    """Submits steps 2, 3 and 4 while the worker is busy with step 1."""
     recorder.gate.clear()
     recorder.run(1)
     assert recorder.working.wait(WAIT)
     recorder.run(2, 3, 4)
     recorder.gate.set()
     recorder.close()
+
+
+def test_steps_that_wait_are_fetched_in_one_transfer():
+    recorder = Recorder()
+    run_three_behind_one(recorder)
     assert recorder.fetches == [[1, 1], [2, 2, 3, 3, 4, 4]]
     assert [step.step for step in recorder.steps] == [1, 2, 3, 4]
 
 
 def test_at_most_half_of_what_may_be_under_way_is_fetched_at_once():
     recorder = Recorder(queue_size=4)
-    recorder.gate.clear()
-    recorder.run(1)
-    assert recorder.working.wait(WAIT)
-    recorder.run(2, 3, 4)
-    recorder.gate.set()
-    recorder.close()
+    run_three_behind_one(recorder)
     assert recorder.fetches == [[1, 1], [2, 2, 3, 3], [4, 4]]
     assert [step.step for step in recorder.steps] == [1, 2, 3, 4]
 

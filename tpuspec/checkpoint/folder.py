@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +13,6 @@ Location = Path | str
 """A local folder, or an address such as gs://bucket/run, which Path would spoil."""
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})", re.ASCII)
-
-
-@contextlib.contextmanager
-def as_os_errors() -> Iterator[None]:
-    """Turns the exceptions of a file system's own client into OSError, of which callers know."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 class InUseError(OSError):

@@ -20,9 +20,8 @@ from typing import Any
 import psutil
 from fsspec import AbstractFileSystem
 
-from tpuspec.checkpoint.folder import as_os_errors
 from tpuspec.checkpoint.lock import HOLDER_FILE
-from tpuspec.errors import CheckpointError
+from tpuspec.errors import CheckpointError, as_os_errors
 
 logger = logging.getLogger(__name__)
 

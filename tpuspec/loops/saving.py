@@ -12,13 +12,20 @@ from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import RunConfig
 from tpuspec.errors import TpuspecError
-from tpuspec.loops.agreement import NoSave
+from tpuspec.loops.agreement import AgreedSavePolicy, NoSave
 from tpuspec.loops.hooks import ListenerRunner
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.hooks import CheckpointSaverListener
 from tpuspec.spec.phase import in_phase
 
 logger = logging.getLogger(__name__)
+
+
+def make_policy(config: RunConfig, coordinator: Coordinator) -> SavePolicy:
+    """Returns when to save; the same on every host."""
+    steps, seconds = config.save_checkpoints_steps, config.save_checkpoints_secs
+    assert not isinstance(steps, str) and not isinstance(seconds, str), "resolved by RunConfig"
+    return AgreedSavePolicy(coordinator, steps, seconds)
 
 
 def make_manager(config: RunConfig, store: CheckpointStore, policy: SavePolicy,

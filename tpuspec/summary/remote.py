@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
 
+from tpuspec.errors import as_os_errors
 from tpuspec.summary.tensorboard import TensorBoardWriter
 
 SECONDS_BETWEEN_UPLOADS = 60.0
@@ -101,7 +100,7 @@ class RemoteTensorBoardWriter:
         folder = folder or self._folder
         assert folder is not None, "there is a writer"
         self._uploaded_at = self._clock()
-        with _os_errors():
+        with as_os_errors():  # which end the summaries, and not the run
             fs, path = fsspec.url_to_fs(self.logdir)
             fs.makedirs(path, exist_ok=True)
             for name in os.listdir(folder):
@@ -110,14 +109,3 @@ class RemoteTensorBoardWriter:
                 if self._sizes.get(name) != size:
                     fs.put_file(file, f"{path}/{name}")
                     self._sizes[name] = size
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Turns the exceptions of a file system's own client into OSError, which ends the summaries and not the run."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
