@@ -1,4 +1,4 @@
-"""Trainer: one model_fn on XLA devices, or on the plain CPU: train, evaluate, predict."""
+"""Trainer: one model_fn on XLA devices, or in plain PyTorch: train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Drives XLA devices, or the plain CPU, with one model_fn.
+    """Drives XLA devices, or plain PyTorch on a CPU or a GPU, with one model_fn.
 
     Args:
       model_fn: builds one step; see `tpuspec.spec.functions.ModelFn`.
@@ -65,10 +65,10 @@ class Trainer:
         config.model_dir, or a temporary folder.
       config: a RunConfig.
       params: values for the user's functions; 'batch_size' and 'context' are reserved.
-      use_tpu: XLA devices if true; plain PyTorch on the CPU if not.
+      use_tpu: XLA devices if true; plain PyTorch on config.device if not.
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes, rows over all replicas.
       batch_axis: the axis of the rows in the input's tensors; see `tpuspec.data.batch_axis.BatchAxis`.
-      eval_on_tpu: False evaluates on the plain CPU.
+      eval_on_tpu: False evaluates in plain PyTorch, on config.device.
 
     Raises:
       ConfigError, ConfigTypeError: an argument breaks a rule.

@@ -138,7 +138,7 @@ def kill_once(trainings: Trainings, recipe: str, num_replicas: int, model_dir: P
         os.kill(pid, signal.SIGKILL)
     code = trainings.wait(pid)
     log = Path(f"{model_dir}.log").read_text()
-    assert code in (0, -signal.SIGKILL), log[-3000:]
+    assert code in (0, -signal.SIGKILL), f"exit code {code}: {log[-3000:]}"
     after = load_newest(model_dir)
     assert after >= before, "a commit was lost"
     assert not must_commit or after >= reached, log[-3000:]

@@ -172,7 +172,7 @@ def test_fault_19_a_pickle_under_every_accepted_name_is_never_executed(tmp_path,
     make_trainer(tmp_path / "run", **config).train(rows_input(), max_steps=2)
     newest, canary = tmp_path / "run" / "checkpoint-2", tmp_path / "canary"
     names = sorted(os.listdir(newest))
-    assert len(names) == (4 if max_shard_bytes > 1 else len(names)) >= 4
+    assert len(names) == 4 if max_shard_bytes > 1 else len(names) > 4
     for name in names:
         content = (newest / name).read_bytes()
         with (newest / name).open("wb") as file:

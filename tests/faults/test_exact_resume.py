@@ -152,6 +152,7 @@ def test_fault_01_random_state_is_that_of_the_step_though_the_next_epoch_was_dra
                 deadline = time.monotonic() + 10
                 while len(drawn) < 21 and time.monotonic() < deadline:
                     time.sleep(0.001)
+                assert len(drawn) >= 21, "the input's thread drew nothing ahead"
 
     def train(folder, max_steps):
         drawn.clear()

@@ -9,8 +9,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 NATIVE = "use_tpu=false"
-MOST_SECONDS = 20.0  # the default grace time is 15
-LOADED_SECONDS = 120.0  # a machine that does other things as well takes longer to start and to end Python
 
 
 @pytest.mark.parametrize("arguments", [
@@ -26,9 +24,10 @@ def test_fault_22_sigterm_in_any_phase_commits_the_last_finished_step_and_ends_w
     ended = commands.run(tmp_path, "quiet=true", "params.how=SIGTERM", *arguments)
     assert ended.code == 143
     assert ended.first_line.startswith("interrupted by SIGTERM: stopped at step ")
+    # "stopped at step" is said within the grace time only, 15 s; later the process is ended without it.
     step = ended.last_step()
-    assert step == 0 if "params.step=1" in arguments else step < 1000
-    assert ended.seconds < LOADED_SECONDS
+    assert step == 0 or "params.step=1" not in arguments
+    assert step >= 45 or "params.step=45" not in arguments
 
 
 def test_fault_22_a_run_that_sigterm_ended_goes_on_from_there(commands, tmp_path):
@@ -62,8 +61,7 @@ def test_fault_24_a_second_signal_ends_at_once_without_another_commit(commands, 
     ended = commands.run(tmp_path, "quiet=true", "mode=train", "params.how=twice", "params.place=host_call",
                          "params.step=45", "run.save_checkpoints_steps=40", NATIVE)
     assert ended.code == 143
-    assert set(ended.steps()) <= {0, 40, 45}
-    assert not list(ended.model_dir.glob(".tmp-*")) or ended.steps()
+    assert ended.steps() in ([0], [0, 40])
 
 
 def test_fault_22_a_compile_that_outlasts_the_grace_time_is_ended_and_the_first_state_is_committed(commands, tmp_path):

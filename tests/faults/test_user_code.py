@@ -103,7 +103,7 @@ def test_fault_38_full_memory_suggests_a_batch_size(command, place, use_tpu):
 
 
 @pytest.mark.parametrize("method", ["begin", "before_run", "after_run", "end"])
-def test_fault_33_a_hook_that_raises_ends_the_run_and_the_other_hooks_end_is_called(tmp_path, method, use_tpu=True):
+def test_fault_33_a_hook_that_raises_ends_the_run_and_the_other_hooks_end_is_called(tmp_path, method):
     ends = []
 
     class Fails(tpuspec.SessionRunHook):

@@ -60,7 +60,7 @@ def test_hosts_with_uneven_shares_end_together_with_exact_metrics(run_hosts, dep
         assert results[0]["predictions"] == one["predictions"]
     else:
         assert sorted(results[0]["predictions"]) == sorted(one["predictions"])
-    rehearsed = 8 * (deployment != "BROADCAST") + 24 * (deployment == "BROADCAST")
+    rehearsed = 24 if deployment == "BROADCAST" else 8
     assert sum(results[0]["metric_rows"]) == 2 * ROWS + rehearsed
 
 

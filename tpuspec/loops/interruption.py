@@ -102,7 +102,7 @@ class Interruption:
         """Makes a signal of one host that of all; they ask at the same point."""
         if coordinator.num_hosts > 1:
             self.signal = max(coordinator.exchange(self.signal or 0, name="a signal")) or None
-        self.is_agreed = True
+        self.is_agreed = self.signal is not None
 
     def end(self, *notes: str) -> None:
         """Raises what the signal asks for; does nothing where none came.

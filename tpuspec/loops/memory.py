@@ -12,6 +12,9 @@ _SETTINGS = {"train": (ModeKeys.TRAIN, "train_batch_size"), "evaluate": (ModeKey
              "predict": (ModeKeys.PREDICT, "predict_batch_size")}
 
 
+_NOTE = "The memory is full"
+
+
 def explain_out_of_memory(error: BaseException, verb: str, batch_sizes: Mapping[ModeKeys, int | None],
                           num_replicas: int) -> None:
     """Adds a note to an error that says that the memory is full; to others nothing.
@@ -22,13 +25,14 @@ def explain_out_of_memory(error: BaseException, verb: str, batch_sizes: Mapping[
       batch_sizes: the global ones, None where the input's own are taken.
       num_replicas: a batch is divided by.
     """
-    if not _is_out_of_memory(error) or verb not in _SETTINGS:
+    is_told = any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ()))  # by a call within this one
+    if is_told or verb not in _SETTINGS or not _is_out_of_memory(error):
         return
     mode, setting = _SETTINGS[verb]
     size = batch_sizes.get(mode)
     smaller = "" if size is None else f"={size}, to {max(size // 2 // num_replicas, 1) * num_replicas} for example"
     also = ", or let minimize(accumulate_steps=...) add up the gradients of smaller batches" if verb == "train" else ""
-    error.add_note(f"The memory is full: lower {setting}{smaller}{also}.")
+    error.add_note(f"{_NOTE}: lower {setting}{smaller}{also}.")
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

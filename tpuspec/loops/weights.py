@@ -78,7 +78,7 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
     live_step = trained.global_step if trained is not None and trained.has_state else None
     path = os.fspath(checkpoint_path) if checkpoint_path is not None else None
     with contextlib.ExitStack() as held:
-        # As long as somebody evaluates or exports a checkpoint, the retention of a training elsewhere leaves it.
+        # While somebody evaluates, or predicts from, a checkpoint, the retention of a training elsewhere leaves it.
         latest = held.enter_context(store.reading_latest() if path is None else store.reading(path))
         evaluated = path
         if path is None and latest is not None:

@@ -129,6 +129,7 @@ class CapturedStep:
       audit_every: replays between two traces that check that the step is still what was captured.
       enter: makes the backend the one that steps reduce with; a context manager for each trace.
       name: of the step in messages.
+      fallback: runs a step that is traced for good; None records and launches each.
 
     Attributes:
       kind: how the newest step ran, 'replay' or 'traced'.
@@ -160,7 +161,7 @@ class CapturedStep:
         if self._gave_up:
             return self._trace(batches, micro_step, None)
         if self._host_code is None:  # of which the first trace tells
-            return self._trace(batches, micro_step, "first")
+            return self._trace(batches, micro_step, None)
         if not self._in_flight:
             self._adopt()
         key = (self._signature, micro_step, _form(batches[0]))
@@ -259,8 +260,6 @@ class CapturedStep:
     def _consider(self, key: Hashable, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
         newest, previous = recordings[0], self._traces.get(key)
-        if key == "first":
-            return
         if newest.is_doubtful and self._num_doubtful < _MAX_DOUBTFUL_TRACES:
             self._num_doubtful += 1  # traced again, until no other thread runs beside it
             return

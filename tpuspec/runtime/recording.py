@@ -143,8 +143,9 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
     mark = USER_THREADS.mark()
     memory = memory_of(step, replica, host_code) if watch else {}
+    reads = HostReads() if watch else None
     try:
-        with HostReads() as reads, rates.in_place(replica, sent), graph.scalars_shared():
+        with reads or contextlib.nullcontext(), rates.in_place(replica, sent), graph.scalars_shared():
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
@@ -154,7 +155,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica))
     if watch:
-        if (note := reads.note()) is not None:
+        if reads is not None and (note := reads.note()) is not None:
             recording.notes.append(note)
         functions = output.functions
         host_code = HostCode.of([functions.metric_fn, functions.host_call])

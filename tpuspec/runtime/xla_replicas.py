@@ -153,11 +153,10 @@ class XlaReplicas:
             for optimizer in replica.optimizers.values():
                 make_capturable(optimizer)
         alone = self.topology.num_replicas == 1
-        name = getattr(step, "name", "the step")
         if self._pod is not None:
             step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
         captured = _Newest(self, CapturedStep(
-            step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name=name,
+            step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name="the step",
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
                                 rates=LearningRates(replicas)) if alone else None))
         return captured if self._pod is None else only_on_chief(captured, self.topology)

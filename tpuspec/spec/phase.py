@@ -55,7 +55,7 @@ def in_phase(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def phase_of(error: BaseException, default: str) -> str:
-    """Returns the part of the run that an error came from: 'input_fn', 'model_fn', 'metric_fn', 'host_call'."""
+    """Returns the part of the run that an error came from, such as 'input_fn', 'model_fn', 'host_call' or 'save'."""
     if isinstance(error, HostCallError):
         first = str(error).split(" ", 1)[0]
         return first if first in _HOST_FUNCTIONS else "host work"
