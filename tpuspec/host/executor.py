@@ -18,9 +18,6 @@ logger = logging.getLogger(__name__)
 
 _STOP = object()
 
-LINGER_SECONDS = 1e-3
-"""A worker that runs at every step takes Python's lock from the loop each time; one that gathers steps, more seldom."""
-
 _SECONDS_WORTH_A_WORD = 1.0
 _SHARE_WORTH_A_WORD = 0.1
 
@@ -52,9 +49,9 @@ class _Stopwatch:
 class HostExecutor:
     """Runs jobs on one thread, in the order of their submission.
 
-    The thread lets jobs gather for a moment before it runs them, unless somebody waits for them. A full queue makes
-    `submit` wait; where that is for the jobs' own work, it is said once, with the share of time. The first error of a
-    job is raised by the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it are dropped.
+    A full queue makes `submit` wait; where that is for the jobs' own work, it is said once, with the share of time. The
+    first error of a job is raised by the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it
+    are dropped.
 
     Args:
       queue_size: jobs that may wait behind the one that runs.
@@ -62,7 +59,7 @@ class HostExecutor:
       clock: seconds.
 
     Attributes:
-      enough: jobs that are worth the thread's while; half of what may be under way.
+      enough: jobs that are done at once, or made room for; half of what may be under way.
     """
 
     def __init__(self, queue_size: int = 8, name: str = "tpuspec-host", *,
@@ -74,8 +71,8 @@ class HostExecutor:
         # No queue.Queue: its locks cost the caller more than a small step takes.
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._num_submitted = self._num_done = 0
-        self._is_waited_for = self._is_lingering = False
-        self._progress, self._hurry = threading.Event(), threading.Event()
+        self._is_waited_for = False
+        self._progress = threading.Event()
         self._host_work = _Stopwatch(clock)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -104,8 +101,6 @@ class HostExecutor:
             self._wait_for_room()
         self._num_submitted += 1
         self._queue.put(_Job(step, job))
-        if self._is_lingering and self._num_submitted - self._num_done >= self.enough:
-            self._hurry.set()
 
     @contextlib.contextmanager
     def waiting_for_device(self) -> Iterator[None]:
@@ -142,11 +137,8 @@ class HostExecutor:
           HostCallError: as `submit`.
         """
         if self._thread is not None:
-            self._is_waited_for = True
             self._queue.put(_STOP)
-            self._hurry.set()
             self._thread.join()
-            self._is_waited_for = False
             self._thread = None
         self.check()
 
@@ -173,7 +165,6 @@ class HostExecutor:
         end = None if seconds is None else time.monotonic() + seconds
         # In this order: the worker first counts, then looks at the flag, so a job that ends meanwhile is not missed.
         self._is_waited_for = True
-        self._hurry.set()
         try:
             with in_phase("host work"):
                 while self._num_done < num_done and (end is None or time.monotonic() < end):
@@ -201,8 +192,6 @@ class HostExecutor:
     def _work(self) -> None:
         failed = False
         while isinstance(job := self._queue.get(), _Job):
-            if self._queue.empty():
-                self._linger()
             if not failed:
                 self._host_work.start()
                 try:
@@ -214,15 +203,6 @@ class HostExecutor:
             note_move()
             if self._is_waited_for:
                 self._progress.set()
-
-
-    def _linger(self) -> None:
-        self._hurry.clear()
-        self._is_lingering = True
-        # In this order: who hurries first says what for, then sets the flag, so that none is missed.
-        if not self._is_waited_for and self._num_submitted - self._num_done < self.enough:
-            self._hurry.wait(LINGER_SECONDS)
-        self._is_lingering = False
 
 
 def _as_host_error(error: BaseException, step: int) -> BaseException:
