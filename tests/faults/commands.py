@@ -71,20 +71,26 @@ class Commands:
         with open_zygote() as zygote:
             yield cls(zygote)
 
-    def start(self, folder: Path, *arguments: str) -> Run:
-        """Starts `config=faulty` in a folder, which holds its output and, where nothing else is said, its model_dir."""
+    def start(self, folder: Path, *arguments: str, file_bytes: int | None = None) -> Run:
+        """Starts `config=faulty` in a folder, which holds its output and, where nothing else is said, its model_dir.
+
+        Args:
+          folder: of the run.
+          arguments: of the command line.
+          file_bytes: what no file of it may grow beyond.
+        """
         self._num_runs += 1
         out, err = folder / f"out{self._num_runs}", folder / f"err{self._num_runs}"
         given = dict(argument.partition("=")[::2] for argument in arguments)
         model_dir = folder / given.get("model_dir", "run")
         extra = [] if "model_dir" in given else ["model_dir=run"]
         pid = self._ask({"arguments": [*CONFIG, *extra, *arguments], "output": str(out), "errors": str(err),
-                         "folder": str(folder)})
+                         "folder": str(folder), "file_bytes": file_bytes})
         return Run(pid, out, err, model_dir, lambda: self._ask({"pid": pid}))
 
-    def run(self, folder: Path, *arguments: str) -> Ended:
+    def run(self, folder: Path, *arguments: str, file_bytes: int | None = None) -> Ended:
         """Runs `config=faulty` to its end."""
-        return self.start(folder, *arguments).wait()
+        return self.start(folder, *arguments, file_bytes=file_bytes).wait()
 
     def _ask(self, order: dict[str, object]) -> int:
         assert self._zygote.stdout is not None and self._zygote.stdin is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,17 +53,3 @@ def test_fault_53_paths_of_any_form_work(commands, tmp_path, name):
     ended = commands.run(tmp_path, *QUICK, "run.max_steps=4", f"model_dir='{quoted}'")
     assert ended.code == 0, ended.err
     assert (tmp_path / name / "checkpoint-4").is_dir()
-
-
-def test_fault_54_a_log_folder_that_is_deleted_is_told_of_once_and_training_goes_on(commands, tmp_path):
-    run = commands.start(tmp_path, *QUICK, "run.save_summary_steps=1", "run.save_checkpoints_steps=100000")
-    run.wait_for(lambda: (run.model_dir / "metrics.jsonl").exists())
-    (run.model_dir / "metrics.jsonl").unlink()
-    run.wait_for(lambda: "No more summaries" in run.errors())
-    run.send(signal.SIGTERM)
-    ended = run.wait()
-    assert ended.code == 143
-    assert ended.err.count("No more summaries are written by JsonlWriter") == 1
-    assert "Traceback" not in ended.err
-    assert ended.last_step() > 0
-    shutil.rmtree(run.model_dir)

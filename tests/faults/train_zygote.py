@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import sys
 
@@ -16,10 +17,11 @@ import tpuspec.runtime.xla_replicas
 import tpuspec.train
 
 
-def start(arguments: list[str], output: str, seed: int = 0, errors: str | None = None, folder: str = ".") -> int:
+def start(arguments: list[str], output: str, seed: int = 0, errors: str | None = None, folder: str = ".",
+          file_bytes: int | None = None) -> int:
     """Forks a run, whose output goes to a file, its errors to another where one is given; returns its process number.
 
-    The run is a process group of its own.
+    The run is a process group of its own. No file of it may grow beyond `file_bytes`.
     """
     pid = os.fork()
     if pid:
@@ -34,6 +36,8 @@ def start(arguments: list[str], output: str, seed: int = 0, errors: str | None =
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, number)
         os.close(file)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     # As an interpreter ends: threads are joined, and what they raise is seen.
     tpuspec.train.command(arguments)
     return 0

@@ -1,6 +1,5 @@
 import json
 import math
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.full_disk import full_at
 from tpuspec.errors import ConfigError
 from tpuspec.summary.jsonl import JsonlWriter
 
@@ -116,13 +116,8 @@ def test_deleted_folder_is_an_oserror_that_names_the_file(tmp_path: Path):
 def test_full_disk_is_an_oserror_and_the_next_line_is_whole(tmp_path: Path):
     writer = JsonlWriter(tmp_path, clock=lambda: 1.0)
     writer.scalar("loss", 1.0, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(writer.path).stat().st_size + 10, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            writer.scalar("loss", 1.0, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_at(Path(writer.path).stat().st_size + 10), pytest.raises(OSError, match="File too large"):
+        writer.scalar("loss", 1.0, 2)
     writer.scalar("loss", 1.0, 3)
     writer.close()
     lines = Path(writer.path).read_text().splitlines()
@@ -148,3 +143,19 @@ def test_fault_54_lines_behind_the_step_that_a_run_goes_on_from_are_dropped(tmp_
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["value"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_fault_54_a_full_disk_keeps_lines_from_being_dropped_and_they_are_dropped_once_it_has_room(tmp_path):
+    writer = JsonlWriter(tmp_path)
+    for step in range(1, 40):
+        writer.scalar("loss", 1.0, step)
+    writer.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    resumed = JsonlWriter(tmp_path, after_step=30)
+    with full_at(100), pytest.raises(OSError, match="File too large"):
+        resumed.scalar("loss", 2.0, 31)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    resumed.scalar("loss", 2.0, 31)
+    resumed.close()
+    assert [(line["step"], line["value"]) for line in read(tmp_path)[-2:]] == [(30, 1.0), (31, 2.0)]

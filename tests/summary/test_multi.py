@@ -103,9 +103,18 @@ def test_run_goes_on_when_its_log_folder_is_deleted(tmp_path: Path, caplog: pyte
         writer.scalar("loss", 1.0, step)
     writer.flush()
     writer.close()
-    assert [record.getMessage().split(" to ")[0] for record in caplog.records] == [
-        "No more summaries are written by TensorBoardWriter", "No more summaries are written by JsonlWriter"]
-    assert all(str(tmp_path / "logs") in record.getMessage() for record in caplog.records)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"No more summaries are written by TensorBoardWriter to {tmp_path / 'logs'}, which failed: ")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_each_folder_that_fails_is_told_of(caplog: pytest.LogCaptureFixture):
+    writers = [MemoryWriter(OSError(28, "No space left on device")) for _ in range(3)]
+    writers[2].logdir = "/other"
+    MultiWriter(writers).scalar("loss", 1.0, 1)
+    assert ["/memory" in record.getMessage() for record in caplog.records] == [True, False]
+    assert [[call[0] for call in writer.calls] for writer in writers] == [["scalar", "close"]] * 3
 
 
 def test_folder_that_cannot_be_made_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):

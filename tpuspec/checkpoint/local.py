@@ -132,8 +132,10 @@ class LocalStorage:
         """Makes the folder, and writes a file; permission bits say nothing to root, or of a read-only mount."""
         probe = self.location / f".probe-{os.getpid()}"
         self.location.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"tpuspec")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"tpuspec")
+        finally:
+            probe.unlink(missing_ok=True)  # on a full disk it is made, and stays empty
 
     def sweep(self) -> None:
         """Deletes or gives back what dead writers left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -93,17 +94,24 @@ class JsonlWriter:
         return self._file
 
     def _drop_later_steps(self) -> None:
-        after_step, self._after_step = self._after_step, None
-        if after_step is None or not os.path.exists(self.path):
-            return
-        with open(self.path, "rb") as file:
-            if not any(_is_after(line, after_step) for line in file):
-                return
-            file.seek(0)
-            kept = f"{self.path}.kept"
+        after_step = self._after_step
+        if after_step is not None and os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                if any(_is_after(line, after_step) for line in file):
+                    file.seek(0)
+                    self._replace(line for line in file if not _is_after(line, after_step))
+        self._after_step = None
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
+        kept = f"{self.path}.kept"
+        try:
             with open(kept, "wb") as new:
-                new.writelines(line for line in file if not _is_after(line, after_step))
-        os.replace(kept, self.path)
+                new.writelines(lines)
+            os.replace(kept, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(kept)
+            raise
 
     def _close(self) -> None:
         file, self._file = self._file, None

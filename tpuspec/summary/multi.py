@@ -20,13 +20,15 @@ logger = logging.getLogger(__name__)
 class MultiWriter:
     """Hands each summary to every writer, in order.
 
-    A writer that raises OSError (its folder was deleted, its disk is full) is named in one warning, closed, and left
-    out from then on. Without writers all is discarded: what a process that is not the chief needs.
+    A writer that raises OSError (its folder was deleted, its disk is full) is closed, and left out from then on. The
+    first one of a folder is named in a warning; that others fail there too is no news. Without writers all is
+    discarded: what a process that is not the chief needs.
     """
 
     def __init__(self, writers: Iterable[SummaryWriter]) -> None:
         self._lock = threading.Lock()
         self._writers = tuple(writers)
+        self._told: set[str] = set()
 
     def scalar(self, name: str, value: Any, step: int) -> None:
         """Writes one number to each writer."""
@@ -64,8 +66,12 @@ class MultiWriter:
             if not any(writer is kept for kept in self._writers):
                 return
             self._writers = tuple(kept for kept in self._writers if kept is not writer)
-        logger.warning("No more summaries are written by %s to %s, which failed: %s. The run goes on without them.",
-                       type(writer).__name__, getattr(writer, "logdir", "its folder"), error)
+            folder = getattr(writer, "logdir", "its folder")
+            is_news = folder not in self._told
+            self._told.add(folder)
+        if is_news:
+            logger.warning("No more summaries are written by %s to %s, which failed: %s. The run goes on without them, "
+                           "and without whatever else fails there.", type(writer).__name__, folder, error)
         with contextlib.suppress(OSError):
             writer.close()
 

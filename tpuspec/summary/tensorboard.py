@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,12 @@ import numpy as np
 from tpuspec.summary.values import array_value, image_value, scalar_value, step_value, text_value
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
+    from google.protobuf.message import Message
 
-# Events that may wait for the disk before a write waits too.
-_QUEUED_EVENTS = 100
-# The bins of an event file's histogram end here.
-_LARGEST_BIN = 1e20
+    from tpuspec.summary.event_file import EventFile
+
+# The edges of the bins of TensorFlow's histograms.
+_SMALLEST_BIN, _LARGEST_BIN, _BIN_GROWTH = 1e-12, 1e20, 1.1
 _DATA_FORMATS = {2: "HW", 3: "CHW", 4: "NCHW"}
 
 
@@ -33,59 +35,72 @@ class TensorBoardWriter:
         self.logdir = os.path.abspath(logdir)
         self._purge_step = None if after_step is None else after_step + 1
         self._lock = threading.Lock()
-        self._writer: TorchSummaryWriter | None = None
+        self._file: EventFile | None = None
 
     def scalar(self, name: str, value: Any, step: int) -> None:
         """Writes one number."""
+        from torch.utils.tensorboard.summary import scalar
+
         number, step = scalar_value(name, value), step_value(step)
-        self._open().add_scalar(name, number, step)
+        self._add(scalar(name, number), step)
 
     def histogram(self, name: str, values: Any, step: int) -> None:
         """Writes the distribution of the finite numbers among `values`; where there is none, nothing."""
+        from torch.utils.tensorboard.summary import histogram
+
         array, step = array_value(name, values).astype(np.float64).reshape(-1), step_value(step)
         array = array[np.isfinite(array)].clip(-_LARGEST_BIN, _LARGEST_BIN)
         if array.size:
-            self._open().add_histogram(name, array, step)
+            self._add(histogram(name, array, _bins()), step)
 
     def image(self, name: str, image: Any, step: int) -> None:
         """Writes an image, or a grid of images."""
+        from torch.utils.tensorboard.summary import image as image_summary
+
         array, step = image_value(name, image), step_value(step)
-        self._open().add_image(name, array, step, dataformats=_DATA_FORMATS[array.ndim])
+        self._add(image_summary(name, array, dataformats=_DATA_FORMATS[array.ndim]), step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Writes a text; TensorBoard shows it as Markdown."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
         text, step = text_value(name, text), step_value(step)
-        self._open().add_text(name, text, step)
+        self._add(text_summary(name, text), step)
 
     def flush(self) -> None:
-        """Returns when all that was written is in the event file."""
-        with self._lock:
-            writer = self._writer
-        if writer is not None:
-            writer.flush()
+        """Does nothing: every event is already in the file."""
 
     def close(self) -> None:
-        """Flushes, closes the event file and ends its thread; a later write begins another event file."""
+        """Closes the event file; a later write begins another one."""
         with self._lock:
-            writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        event_file = writer.file_writer
-        try:
-            writer.close()
-        finally:
-            # After a failed flush torch leaves the file's thread running.
-            if event_file is not None:
-                event_file.close()
+            self._close()
 
-    def _open(self) -> TorchSummaryWriter:
+    def _add(self, summary: Message, step: int) -> None:
         with self._lock:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
+            try:
+                self._open().add(summary, step)
+            except OSError:
+                # An event may be torn, and none behind it would be read.
+                self._close()
+                raise
 
-                self._writer = TorchSummaryWriter(self.logdir, purge_step=self._purge_step, max_queue=_QUEUED_EVENTS)
-                self._purge_step = None
-            elif not os.path.isdir(self.logdir):
-                # Found here, before the file's thread fails: it would print a traceback, and raise some writes later.
-                raise FileNotFoundError(errno.ENOENT, "the log folder was deleted", self.logdir)
-            return self._writer
+    def _open(self) -> EventFile:
+        if self._file is None:
+            from tpuspec.summary.event_file import EventFile
+
+            self._file = EventFile(self.logdir, self._purge_step)
+            self._purge_step = None
+        elif not os.path.exists(self._file.path):
+            raise FileNotFoundError(errno.ENOENT, "the event file was deleted", self._file.path)
+        return self._file
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+@functools.cache
+def _bins() -> np.ndarray:
+    half = np.geomspace(_SMALLEST_BIN, _LARGEST_BIN, 1 + round(math.log(_LARGEST_BIN / _SMALLEST_BIN, _BIN_GROWTH)))
+    return np.concatenate([-half[::-1], [0.0], half])
