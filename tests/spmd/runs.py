@@ -22,6 +22,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"dropout": 0.3, "schedule": True, "minimize": {"clip_grad_norm": 0.3, "accumulate_steps": 2}},
     "adamw": {"adamw": True},
+    "bf16": {"precision": "bf16", "adamw": True},
+    "bf16-mixed": {"precision": "bf16-mixed", "minimize": {"clip_grad_norm": 0.3, "accumulate_steps": 2}},
 }
 
 
@@ -92,7 +94,8 @@ def make(scenario, folder, *, capture="require", model=net, fn=model_fn, loop=10
         fn, model=model, optimizer=optimizer, scheduler=scheduler if params.get("schedule") else None, params=params,
         train_batch_size=BATCH, eval_batch_size=BATCH, predict_batch_size=BATCH, model_dir=folder,
         config=RunConfig(seed=3, show_progress=False, capture=capture, audit_every_steps=15,
-                         save_checkpoints_steps=1000, tpu_config=TPUConfig(iterations_per_loop=loop, **tpu)))
+                         precision=params.get("precision"), save_checkpoints_steps=1000,
+                         tpu_config=TPUConfig(iterations_per_loop=loop, **tpu)))
 
 
 def weights(trainer):
