@@ -60,6 +60,12 @@ def input_fn(params: Mapping[str, Any], mode: str) -> Dataset[Any]:
     return Images(images) if mode == ModeKeys.PREDICT else TensorDataset(images, labels)
 
 
+def serving_input_fn(params: Mapping[str, Any]) -> tpuspec.ServingInputReceiver:
+    """Returns what a server receives, 'image' [batch, 8, 8] with values of 0 to 16, and how the network sees it."""
+    return tpuspec.ServingInputReceiver(
+        lambda received: received["image"].unsqueeze(1) / _LARGEST_PIXEL, {"image": torch.zeros(1, 8, 8)})
+
+
 def model(params: Mapping[str, Any]) -> nn.Module:
     """Returns the network: images [batch, 1, 8, 8] -> logits [batch, 10]."""
     width = params["width"]

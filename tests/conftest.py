@@ -22,10 +22,11 @@ THREAD_GRACE_SECONDS = 2.0
 LASTING_THREADS = frozenset({"fsspecIO"})
 
 # Set once in a process: by torch_xla when it is imported, by scikit-learn when it is, by tpuspec.runtime before the
-# XLA client starts. They may appear; a test that changes or removes one of them leaks.
+# XLA client starts, by torch when it first traces an export. They may appear; a test that changes or removes one of
+# them leaks.
 APPEARING_VARIABLES = frozenset({
     "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
-    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR",
     "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE", "XLA_USE_SPMD",
 })
 

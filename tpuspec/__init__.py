@@ -1,7 +1,8 @@
 """tpuspec: the TPUEstimatorSpec contract for PyTorch on XLA."""
 
-from tpuspec import metrics, summary
+from tpuspec import export, metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
+from tpuspec.export.receiver import ServingInputReceiver
 from tpuspec.runtime.launch import LaunchInfo, launch_info
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
@@ -29,11 +30,13 @@ __all__ = [
     "RegressionOutput",
     "RunConfig",
     "Scaffold",
+    "ServingInputReceiver",
     "SessionRunHook",
     "TPUConfig",
     "TPUEstimatorSpec",
     "TrainOp",
     "Trainer",
+    "export",
     "launch_info",
     "metrics",
     "summary",

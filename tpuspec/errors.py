@@ -14,6 +14,7 @@ TpuspecError
 ├── NonFiniteLossError (ArithmeticError)  the loss is NaN or infinite
 ├── HangError (TimeoutError)         nothing moves any more: exit code 4
 ├── HostFailureError (RuntimeError)  another host of the run failed, or cannot be reached
+├── ExportError (RuntimeError)       a model cannot be exported, or an export not be loaded
 └── CheckpointError (RuntimeError)   a checkpoint cannot be written or read: exit code 3
 
 Messages say the rule, what was got and how to mend it.
@@ -80,6 +81,10 @@ class HangError(TpuspecError, TimeoutError):
 
 class HostFailureError(TpuspecError, RuntimeError):
     """Another host of the run failed, so this one cannot go on; names the first that failed, where, and its error."""
+
+
+class ExportError(TpuspecError, RuntimeError):
+    """A model cannot be exported, or an export cannot be loaded or served."""
 
 
 class CheckpointError(TpuspecError, RuntimeError):

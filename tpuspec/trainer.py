@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 from torch import nn
 
 from tpuspec import arguments
@@ -24,10 +23,10 @@ from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.errors import ConfigError
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
+from tpuspec.loops.export import Exporting
 from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.memory import explain_out_of_memory
-from tpuspec.loops.predict import to_numpy
 from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
@@ -35,6 +34,7 @@ from tpuspec.loops.report import banner_facts
 from tpuspec.loops.saving import Saver, make_manager, make_policy
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.training_run import TrainingRun
+from tpuspec.loops.variables import ReadsVariables
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
@@ -52,7 +52,7 @@ from tpuspec.summary.writer import SummaryWriter
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(ReadsVariables):
     """Drives XLA devices, or plain PyTorch on a CPU or a GPU, with one model_fn.
 
     Args:
@@ -69,6 +69,7 @@ class Trainer:
       train_batch_size, eval_batch_size, predict_batch_size: global batch sizes, rows over all replicas.
       batch_axis: the axis of the rows in the input's tensors; see `tpuspec.data.batch_axis.BatchAxis`.
       eval_on_tpu: False evaluates in plain PyTorch, on config.device.
+      export_to_tpu, export_to_cpu: whether `export` makes a program for XLA devices, and one for CPUs and GPUs.
 
     Raises:
       ConfigError, ConfigTypeError: an argument breaks a rule.
@@ -82,7 +83,8 @@ class Trainer:
             model_dir: str | os.PathLike[str] | None = None, config: RunConfig | None = None,
             params: Mapping[str, Any] | None = None, use_tpu: bool = True,
             train_batch_size: int | None = None, eval_batch_size: int | None = None,
-            predict_batch_size: int | None = None, batch_axis: Any = None, eval_on_tpu: bool = True) -> None:
+            predict_batch_size: int | None = None, batch_axis: Any = None, eval_on_tpu: bool = True,
+            export_to_tpu: bool = True, export_to_cpu: bool = True) -> None:
         checked = arguments.check_config(config)
         arguments.check_params(params)
         if use_tpu:
@@ -98,6 +100,7 @@ class Trainer:
         self._batch_axis = BatchAxis(batch_axis)
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
+        self._export_to_tpu, self._export_to_cpu = export_to_tpu, export_to_cpu
         self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params)
         self._model_fn = model_fn
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
@@ -132,37 +135,11 @@ class Trainer:
         """A deep copy of the user's params."""
         return copy.deepcopy(self._params)
 
-    def latest_checkpoint(self) -> str | None:
-        """Path of the newest checkpoint in model_dir, or None."""
-        path = self._store.latest()
-        return None if path is None else str(path)
-
     def global_step(self) -> int:
         """Completed updates of the newest state: the model in memory, or the newest checkpoint."""
         session, path = self._sessions.get(self._use_tpu), self._store.latest()
         live = 0 if session is None else session.global_step
         return live if path is None else max(live, self._store.read_step(path))
-
-    def get_variable_names(self) -> list[str]:
-        """Names of what the newest checkpoint holds of the model, and 'global_step'.
-
-        Raises:
-          ConfigError: there is no checkpoint.
-        """
-        return sorted([*self._load_latest(), "global_step"])
-
-    def get_variable_value(self, name: str) -> np.ndarray[Any, Any]:
-        """Value of one name in the newest checkpoint.
-
-        Raises:
-          ConfigError: there is no checkpoint, or no such name in it.
-        """
-        values = self._load_latest()
-        if name == "global_step":
-            return np.asarray(self._store.read_step(str(self.latest_checkpoint())))
-        if name not in values:
-            raise ConfigError(f"no variable {name!r} in {self.latest_checkpoint()}; it holds {sorted(values)}.")
-        return to_numpy(values[name])
 
     @watched
     def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
@@ -345,6 +322,34 @@ class Trainer:
                 queue_size=self._config.host_queue_size, predict_keys=predict_keys,
                 yield_single_examples=yield_single_examples).run(writer)
 
+    @watched
+    def export(self, export_dir_base: str | os.PathLike[str], serving_input_fn: Callable[..., Any],
+               checkpoint_path: str | os.PathLike[str] | None = None, *,
+               assets_extra: Mapping[str, str | os.PathLike[str]] | None = None) -> str:
+        """Exports the model for serving; `tpuspec.export.load` loads it. All hosts call it, and the chief writes.
+
+        Args:
+          export_dir_base: folder of this machine; the export is its folder <seconds since 1970>, whole or not there.
+          serving_input_fn: returns a `tpuspec.ServingInputReceiver`; may take params.
+          checkpoint_path: as in evaluate, but initial weights are not exported.
+          assets_extra: place below assets.extra -> file to copy there.
+
+        Returns:
+          The folder of the export.
+
+        Raises:
+          ConfigError, ConfigTypeError, SpecError and kin: a rule is broken, or there is no trained model.
+          CheckpointError: the checkpoint cannot be read, or does not fit.
+          ExportError: model_fn cannot be traced in mode PREDICT, or the export not be written.
+          KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, at once; there is no export then.
+        """
+        spans_hosts = may_span_hosts(self._config, use_tpu=self._use_tpu)
+        trained = self._session(self._use_tpu) if spans_hosts else self._sessions.get(self._use_tpu)
+        return Exporting(
+            model_fn=self._model_fn, config=self._config, source=self._source, store=self._store, trained=trained,
+            to_cpu=self._export_to_cpu, to_tpu=self._export_to_tpu, progress=self._progress,
+        ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra)
+
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""
         return contextlib.nullcontext() if self._training_input is None else self._training_input.paused()
@@ -404,9 +409,3 @@ class Trainer:
     def _banner(self, session: Session) -> None:
         self._progress.banner("tpuspec", banner_facts(
             session, model_dir=self.model_dir, batch_sizes=self._batch_sizes, seed=self._seed))
-
-    def _load_latest(self) -> dict[str, Any]:
-        path = self._store.latest()
-        if path is None:
-            raise ConfigError(f"Could not find trained model in model_dir: {self.model_dir}.")
-        return self._store.load(path, optimizers=False).model

@@ -23,7 +23,7 @@ from tpuspec.checkpoint.folder import InUseError
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-(.+)-[0-9a-f]{8}")
 
 
-def commit(target: Path, write: Callable[[Path], None]) -> None:
+def commit(target: Path, write: Callable[[Path], None], *, replaces: bool = True) -> None:
     """Writes a folder and moves it to `target`, replacing what is there; at every moment the old or the new is whole.
 
     An error, an OSError or what `write` raises, leaves `target` as it was and the unfinished folder removed.
@@ -31,6 +31,7 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
     Args:
       target: folder to make; its parent exists.
       write: writes the files into the folder it is given, through to the disk.
+      replaces: False refuses a target that exists, with the errno ENOTEMPTY.
     """
     temp, old = _beside("tmp", target), _beside("old", target)
     with contextlib.ExitStack() as held:
@@ -39,7 +40,7 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
             held.enter_context(_held(temp))
             write(temp)
             sync_folder(temp)
-            _swap_in(temp, target, old)
+            _swap_in(temp, target, old if replaces else None)
         except BaseException:
             with contextlib.suppress(OSError):  # the error on its way says more; a later sweep removes it
                 remove(temp)
@@ -50,9 +51,9 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
                 _discard_as(_beside("del", target), old)
 
 
-def _swap_in(temp: Path, target: Path, old: Path) -> None:
+def _swap_in(temp: Path, target: Path, old: Path | None) -> None:
     with contextlib.ExitStack() as undo:
-        if os.path.lexists(target):
+        if old is not None and os.path.lexists(target):
             rename(target, old)
             undo.callback(rename, old, target)
         rename(temp, target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -37,3 +39,15 @@ class ProcessRandomState:
         other_name, other_keys, *other_rest = other.numpy
         return (self.python == other.python and (name, rest) == (other_name, other_rest)
                 and np.array_equal(keys, other_keys) and torch.equal(self.torch, other.torch))
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Puts the state back at the end of the block."""
+    own = ProcessRandomState.take()
+    try:
+        yield
+    finally:
+        random.setstate(own.python)
+        np.random.set_state(own.numpy)
+        torch.set_rng_state(own.torch)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -57,6 +60,62 @@ def check_ready(session: Session, scaffold: Scaffold) -> None:
             raise ConfigError(f"the model is not ready, says the scaffold's ready_fn: {missing}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenWeights:
+    """Where the weights of a call are.
+
+    Attributes:
+      path: of the checkpoint to load; None where those in memory are as new, or there is none.
+      live: the session whose weights are as new; None where a checkpoint is to be loaded, or nothing was trained.
+      holder: path of the checkpoint that holds the weights; None where none does.
+    """
+
+    path: str | None
+    live: Session | None
+    holder: str | None
+
+    def read(self, store: CheckpointStore, scaffold: Scaffold) -> tuple[dict[str, Tensor], int]:
+        """Reads the weights to the host; returns the state dict and its global step.
+
+        Raises:
+          CheckpointError: the checkpoint cannot be read.
+        """
+        if self.path is not None:
+            state = store.load(self.path, optimizers=False)
+            return state.model, state.global_step
+        assert self.live is not None, "asked where there is something to read"
+        return self.live.model_state(scaffold), self.live.global_step
+
+
+@contextlib.contextmanager
+def choosing_weights(trained: Session | None, store: CheckpointStore,
+                     checkpoint_path: str | os.PathLike[str] | None) -> Iterator[ChosenWeights]:
+    """Finds the weights of a call, and keeps their checkpoint from deletion within the block.
+
+    Args:
+      trained: holds the newest weights in memory; None before any training.
+      store: of checkpoints.
+      checkpoint_path: a checkpoint's folder; None takes the newest weights of memory and store.
+
+    Raises:
+      CheckpointError: the checkpoint is none.
+    """
+    live = trained if trained is not None and trained.has_state else None
+    if checkpoint_path is not None:
+        path = os.fspath(checkpoint_path)
+        with store.reading(path):
+            yield ChosenWeights(path=path, live=None, holder=path)
+        return
+    # While somebody evaluates, predicts from or exports a checkpoint, the retention of a training elsewhere leaves it.
+    with store.reading_latest() as latest:
+        saved_step = -1 if latest is None else store.read_step(latest)
+        if live is None or saved_step > live.global_step:
+            newest = None if latest is None else str(latest)
+            yield ChosenWeights(path=newest, live=None, holder=newest)
+        else:
+            yield ChosenWeights(path=None, live=live, holder=str(latest) if saved_step == live.global_step else None)
+
+
 @contextlib.contextmanager
 def borrowed_weights(session: Session, trained: Session | None, store: CheckpointStore,
                      checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold) -> Iterator[str | None]:
@@ -75,36 +134,21 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
     Raises:
       CheckpointError: the checkpoint is none, or does not fit.
     """
-    live_step = trained.global_step if trained is not None and trained.has_state else None
-    path = os.fspath(checkpoint_path) if checkpoint_path is not None else None
     with contextlib.ExitStack() as held:
-        # While somebody evaluates, or predicts from, a checkpoint, the retention of a training elsewhere leaves it.
-        latest = held.enter_context(store.reading_latest() if path is None else store.reading(path))
-        evaluated = path
-        if path is None and latest is not None:
-            saved_step = store.read_step(latest)
-            if live_step is None or saved_step >= live_step:
-                evaluated = str(latest)
-            if live_step is None or saved_step > live_step:
-                path = str(latest)
+        chosen = held.enter_context(choosing_weights(trained, store, checkpoint_path))
         own_step = session.global_step
-        if path is not None:
-            state = store.load(path, optimizers=False)
-            tensors, step = state.model, state.global_step
-        elif live_step is not None and (trained is not session or scaffold.restore is not None):
-            assert trained is not None
-            tensors, step = trained.model_state(scaffold), live_step
-        else:
+        if chosen.path is None and (chosen.live is None or (chosen.live is session and scaffold.restore is None)):
             check_ready(session, scaffold)
-            yield evaluated
+            yield chosen.holder
             return
+        tensors, step = chosen.read(store, scaffold)
         own = session.model_state()
         held.enter_context(session.keeping_buffers())
         try:
             session.load_model(tensors, scaffold)
             session.set_global_step(step)
             check_ready(session, scaffold)
-            yield evaluated
+            yield chosen.holder
         finally:
             session.load_model(own)
             session.set_global_step(own_step)
