@@ -437,3 +437,29 @@ def test_reading_a_weight_within_a_loop_is_an_error(tmp_path):
         trainer.train(input_fn, steps=40)
     assert found == []
     assert "only at loop boundaries" in "".join(raised.value.__notes__)
+
+
+def test_a_step_writes_every_state_where_it_was(tmp_path):
+    """XLA pairs donated buffers with outputs by size and order alone; a wrong pair costs copies of both."""
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    places: list[dict[str, int]] = []
+
+    class Places(SessionRunHook):
+        def after_run(self, context):
+            replica = trainer._sessions[True].replicas[0]
+            xm.wait_device_ops()
+            state = {name: value for name, value in replica.model.named_parameters()
+                     if value.requires_grad and "unused" not in name}
+            for index, values in enumerate(replica.optimizers[""].state.values()):
+                state |= {f"{index} {key}": value for key, value in values.items() if value.ndim}
+            places.append({name: torch_xla._XLAC._unsafe_buffer_pointer(value) for name, value in state.items()})
+
+    trainer = Trainer(classify, model=TiedText(), optimizer=adamw, train_batch_size=BATCH, model_dir=tmp_path,
+                      config=RunConfig(show_progress=False, capture="require", save_checkpoints_steps=None,
+                                       save_checkpoints_secs=None, tpu_config=TPUConfig(iterations_per_loop=5)))
+    trainer.train(batches(text), steps=25, hooks=[Places()])
+    assert kind(trainer) == "replay"
+    assert len(places[-1]) > 15
+    assert places[-1] == places[-2] == places[-3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.user_threads import USER_THREADS
+
+_MAX_ORDERS = 10
+"""Two or three are usual."""
 
 
 class Source(NamedTuple):
@@ -47,7 +51,7 @@ class Recording:
       values: the inputs of this very step.
       constants: inputs that are neither state, batch, rate nor seed.
       numbers: the constants on the host, for comparing.
-      written: slots that the graph writes, in the order of its first outputs.
+      written: slots that the graph writes, in the order of its first outputs, which is that of its inputs.
       created: slots that were not there before.
       dropped: slots that are not there any more.
       roots: what the graph computes: slots, then tensors for the host, then tensors that Python code keeps.
@@ -183,6 +187,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
                 continue
             graph.publish(tensor, graph.inner(graph.computed(tensor)))
         recording.written.append(slot)
+    recording.written = _as_donated(recording.written, after, by_number, sources)
     recording.roots = [after[slot] for slot in recording.written]
     places: dict[int, int] = {}
     waiting = graph.pending(recording.tensors)
@@ -211,6 +216,26 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         recording.values.append(found.value)
     if watch:
         recording.numbers = graph.fetch(recording.constants)
+
+
+def _as_donated(written: list[Slot], after: Mapping[Slot, Tensor], by_number: Mapping[int, Source],
+                sources: Mapping[int, Source]) -> list[Slot]:
+    """Orders the slots that a graph writes as their old values stand among its inputs.
+
+    XLA gives donated buffers to outputs of their size, both in their order: where the orders differ, a slot is written
+    to another one's buffer, and all are copied before. The order of the inputs depends on that of the outputs.
+    """
+    for _ in range(_MAX_ORDERS):
+        places: dict[Slot, int] = {}
+        for place, found in enumerate(graph.graph_inputs([after[slot] for slot in written])):
+            source = by_number.get(found.tensor_id) or sources.get(found.handle)
+            if source is not None and source.kind == "slot":
+                places[source.key] = place
+        ordered = sorted(written, key=lambda slot: places.get(slot, math.inf))
+        if ordered == written:
+            break
+        written = ordered
+    return written
 
 
 def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:
