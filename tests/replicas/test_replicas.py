@@ -185,6 +185,24 @@ def test_replicas_that_compute_different_graphs_are_refused(tmp_path):
         make(2, tmp_path, model_fn=lopsided).train(input_fn, steps=5)
 
 
+def test_a_train_op_that_steps_without_reducing_is_refused_before_anything_runs(tmp_path):
+    def stepping_alone(features, labels, mode, params, model, optimizer):
+        loss = F.cross_entropy(model(features), labels)
+
+        def train_op():
+            loss.backward()
+            optimizer.step()
+
+        return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+    trainer = make(2, tmp_path, model_fn=stepping_alone)
+    with pytest.raises(ValueError, match="CrossShardOptimizer must be used.*SGD.step itself"):
+        trainer.train(input_fn, steps=5)
+    for replica in weights(trainer):
+        for name, tensor in replica.items():
+            assert torch.equal(tensor, net().state_dict()[name])
+
+
 def test_reading_a_value_after_the_reduction_is_an_error_not_a_hang(tmp_path):
     def reading(features, labels, mode, params, model, optimizer):
         loss = model(features).square().mean()

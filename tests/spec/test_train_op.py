@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tpuspec.errors import ConfigError, ConfigTypeError, SpecTypeError
-from tpuspec.spec.train_op import CrossShardOptimizer, TrainOp, as_train_op, check_train_op, reduce_with
+from tpuspec.errors import ConfigError, ConfigTypeError, SpecError, SpecTypeError
+from tpuspec.spec.train_op import (
+    CrossShardOptimizer,
+    TrainOp,
+    as_train_op,
+    check_train_op,
+    only_reduced_steps,
+    reduce_with,
+)
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -218,6 +225,28 @@ def test_a_callable_train_op_may_step_several_optimizers_each_reduced_with_its_o
         as_train_op(train_op, torch.tensor(0.0))()
     assert [reduction for _, reduction, _ in reducer.calls] == ["sum", "mean"]
     torch.testing.assert_close(torch.cat([generator, discriminator]).detach(), torch.tensor([-2.0, -1.0]))
+
+
+def test_steps_that_reduce_pass_and_others_are_refused_until_the_block_ends():
+    weight, _ = weight_with_gradient(1.0)
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with only_reduced_steps([optimizer]):
+        CrossShardOptimizer(optimizer).step()
+        with pytest.raises(SpecError, match=r"must be used for model training.*train_op calls SGD\.step itself"):
+            optimizer.step()
+    assert weight.item() == -1.0
+    optimizer.step()
+    assert weight.item() == -2.0
+
+
+@pytest.mark.parametrize("make", [
+    CrossShardOptimizer, lambda optimizer: as_train_op(optimizer, torch.tensor(0.0))], ids=["cross shard", "bare"])
+def test_an_optimizer_that_needs_a_closure_is_refused_with_the_way_to_give_it_one(make):
+    optimizer = torch.optim.LBFGS([nn.Parameter(torch.zeros(1))])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps the step
+    with pytest.raises(ConfigError, match=r"LBFGS computes the loss repeatedly.*calls optimizer.step\(closure\)"):
+        make(optimizer)
 
 
 def test_zero_grad_drops_the_gradients():

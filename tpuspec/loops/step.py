@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tpuspec.spec.host_call import check_host_tensors
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch, HostFunctions, StepOutput
-from tpuspec.spec.train_op import TrainOp, as_train_op
+from tpuspec.spec.train_op import TrainOp, as_train_op, only_reduced_steps
 
 Spec = TPUEstimatorSpec | EstimatorSpec
 
@@ -149,7 +150,10 @@ class TrainStep:
     def _run_train_op(self, spec: Spec, replica: Replica, micro_step: int) -> bool:
         train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
         if not isinstance(train_op, TrainOp):
-            with computing(self.call.config.precision, replica.device):  # it may compute more, as a GAN does
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(computing(self.call.config.precision, replica.device))  # it may compute more
+                if self.call.num_replicas > 1:
+                    stack.enter_context(only_reduced_steps(replica.optimizers.values()))
                 train_op()
             return True
         check_optimizer(train_op, replica, self.call.num_replicas)

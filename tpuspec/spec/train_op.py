@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpuspec.errors import ConfigError, ConfigTypeError, SpecTypeError
+from tpuspec.errors import ConfigError, ConfigTypeError, SpecError, SpecTypeError
 from tpuspec.precision import updating
 
 REDUCTIONS = ("mean", "sum")
@@ -27,6 +27,7 @@ class GradientReducer(Protocol):
 
 
 _reducer: ContextVar[GradientReducer | None] = ContextVar("tpuspec_reducer", default=None)
+_is_reducing: ContextVar[bool] = ContextVar("tpuspec_is_reducing", default=False)
 
 
 @contextlib.contextmanager
@@ -39,6 +40,26 @@ def reduce_with(reducer: GradientReducer) -> Iterator[None]:
         _reducer.reset(token)
 
 
+@contextlib.contextmanager
+def only_reduced_steps(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Refuses, within the block, a step of one of the optimizers that CrossShardOptimizer does not make.
+
+    Raises:
+      SpecError: an optimizer steps on the gradients of one replica, which would drift from the others.
+    """
+    def refuse_unreduced(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        if not _is_reducing.get():
+            raise SpecError(
+                "CrossShardOptimizer must be used for model training on TPUs. train_op calls "
+                f"{type(optimizer).__name__}.step itself, on the gradients of one replica of several: call "
+                "CrossShardOptimizer(optimizer).step() there.")
+
+    with contextlib.ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.callback(optimizer.register_step_pre_hook(refuse_unreduced).remove)
+        yield
+
+
 class CrossShardOptimizer:
     """Reduces the gradients over all replicas before the wrapped optimizer applies them.
 
@@ -48,7 +69,7 @@ class CrossShardOptimizer:
 
     Raises:
       ConfigTypeError: `optimizer` is no torch optimizer.
-      ConfigError: `reduction` is unknown.
+      ConfigError: `reduction` is unknown, or the optimizer's step needs a closure.
 
     Source: tf.tpu.CrossShardOptimizer.
     """
@@ -60,6 +81,7 @@ class CrossShardOptimizer:
                 "optimizer argument is None outside TRAIN, and where the Trainer was given no optimizer.")
         if reduction not in REDUCTIONS:
             raise ConfigError(f"CrossShardOptimizer reduction must be one of {REDUCTIONS}; got {reduction!r}.")
+        _check_needs_no_closure(optimizer)
         self.optimizer = optimizer
         self.reduction = reduction
 
@@ -88,6 +110,8 @@ class CrossShardOptimizer:
                 handle = self.optimizer.register_step_pre_hook(
                     lambda optimizer, args, kwargs: _clip(optimizer, clip_grad_norm))
                 stack.callback(handle.remove)
+            token = _is_reducing.set(True)
+            stack.callback(_is_reducing.reset, token)
             reducer = _reducer.get()
             if reducer is None:
                 self.optimizer.step()
@@ -97,6 +121,15 @@ class CrossShardOptimizer:
     def zero_grad(self) -> None:
         """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} computes the loss repeatedly in a step, by a closure that minimize() and an "
+            "optimizer as train_op cannot give it. Make train_op a function that calls optimizer.step(closure), on one "
+            "replica; docs/capture.md has one.")
 
 
 def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
@@ -124,6 +157,8 @@ class TrainOp:
         norm = self.clip_grad_norm
         if norm is not None and (not isinstance(norm, numbers.Real) or isinstance(norm, bool) or not norm > 0):
             raise ConfigError(f"clip_grad_norm must be a positive number or None; got {norm!r}.")
+        if not self.reduces:
+            _check_needs_no_closure(self.torch_optimizer)
         steps = self.accumulate_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"accumulate_steps must be a positive int; got {steps!r}.")
