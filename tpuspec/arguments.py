@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -142,24 +141,6 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
         raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
                           f"{given!r} and {config.model_dir!r}. Set one of them.")
     return config.replace(model_dir=given or config.model_dir or tempfile.mkdtemp(prefix="tpuspec-"))
-
-
-_NAME = re.compile(r"[\w][\w.\- ]{0,99}")
-
-
-def check_name(name: object) -> str:
-    """Returns the name of an evaluation, which becomes part of a folder's name.
-
-    Raises:
-      ConfigTypeError: no string.
-      ConfigError: anything but letters, digits, '_', '-', '.' and spaces, 100 at most, or a leading '-' or '.'.
-    """
-    if not isinstance(name, str):
-        raise ConfigTypeError(f"name must be a str; got {type(name).__name__}.")
-    if not _NAME.fullmatch(name):
-        raise ConfigError("name must be 1 to 100 letters, digits, '_', '-', '.' or spaces, and start with a letter, "
-                          f"digit or '_': it names a folder; got {name!r}.")
-    return name
 
 
 def check_factories(model: object, optimizer: object, scheduler: object = None) -> None:

@@ -71,12 +71,14 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
         params=settings.params, use_tpu=settings.use_tpu,
         train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
         predict_batch_size=settings.predict_batch_size, batch_axis=settings.batch_axis,
-        eval_on_tpu=settings.eval_on_tpu)
-    if settings.mode in (Mode.evaluate, Mode.predict) and trainer.latest_checkpoint() is None:
+        eval_on_tpu=settings.eval_on_tpu, export_to_tpu=settings.export.to_tpu, export_to_cpu=settings.export.to_cpu)
+    if settings.mode in (Mode.evaluate, Mode.predict, Mode.export) and trainer.latest_checkpoint() is None:
         raise ConfigError(f"mode={settings.mode.name} needs a checkpoint, and model_dir {settings.model_dir} holds "
                           "none. Train first, or give the folder of a training run, model_dir=DIR.")
     if settings.mode is Mode.predict:
         return predict(job, trainer, functions)
+    if settings.mode is Mode.export:
+        return export(job, trainer, functions)
     evaluations = EvaluateCheckpoints(trainer, functions, settings.run.eval_steps)
     if settings.mode is not Mode.evaluate:
         train(job, trainer, functions, environment, [evaluations] if settings.mode is Mode.train_and_evaluate else [])
@@ -140,6 +142,17 @@ def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping
                 print(line)
     print(f"{num_predictions} predictions: {path}", flush=True)
     return {"num_predictions": num_predictions}
+
+
+def export(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
+    """Exports the newest checkpoint, or the one that is named, and prints the folder."""
+    settings = job.settings.export
+    assert functions.serving_input_fn is not None, "checked with the settings"
+    folder = os.path.join(settings.folder or os.path.join(trainer.model_dir, "export"), settings.name)
+    path = trainer.export(folder, functions.serving_input_fn, settings.checkpoint_path)
+    if trainer.is_chief:
+        print(f"export: {path}", flush=True)
+    return {}
 
 
 def _as_data(value: Any) -> Any:

@@ -42,6 +42,7 @@ from tpuspec.runtime.select import may_span_hosts, select
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.names import check_name
 from tpuspec.spec.results import EvalResult
 from tpuspec.spec.scaffold import Scaffold
 from tpuspec.summary import create_file_writer
@@ -264,7 +265,7 @@ class Trainer(ReadsVariables):
         session.check_not_lent("evaluate()")
         store_of(self._store, session.backend.coordinator).check_writable()
         # Also where model_dir is an address, which Path would spoil.
-        folder = os.path.join(self.model_dir, f"eval_{arguments.check_name(name)}" if name else "eval")
+        folder = os.path.join(self.model_dir, f"eval_{check_name(name)}" if name else "eval")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._training_paused())
             stack.enter_context(session.evaluating(self._seed))

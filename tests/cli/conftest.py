@@ -56,6 +56,10 @@ class FakeTrainer:
         for row in range(NUM_PREDICTIONS):
             yield {"classes": np.int64(row), "scores": np.array([0.5, row], dtype=np.float32)}
 
+    def export(self, export_dir_base: str, serving_input_fn: Any, checkpoint_path: str | None) -> str:
+        self._do("export", {"base": export_dir_base, "checkpoint_path": checkpoint_path})
+        return f"{export_dir_base}/1700000000"
+
     def _do(self, name: str, arguments: dict[str, Any]) -> None:
         self._calls.done.append((name, arguments))
         if self._calls.error is not None and len(self._calls.made) == self._calls.fails_at_job + 1:

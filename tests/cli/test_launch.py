@@ -21,7 +21,8 @@ def test_complete_training_is_said_and_evaluated(command, calls, capsys, folder)
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("mode", "done"), [("train", "train"), ("evaluate", "evaluate"), ("predict", "predict")])
+@pytest.mark.parametrize(("mode", "done"), [("train", "train"), ("evaluate", "evaluate"), ("predict", "predict"),
+                                            ("export", "export")])
 def test_mode_does_one_thing(command, calls, mode, done):
     calls.global_step = 5
     assert command("config=digits", f"mode={mode}") == 0
@@ -48,7 +49,19 @@ def test_failed_prediction_leaves_no_file(command, calls, folder):
     assert list((folder / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "predict"])
+def test_an_export_goes_below_model_dir_or_where_it_is_told_and_its_folder_is_printed(command, calls, capsys):
+    calls.global_step = 5
+    assert command("config=digits", "mode=export", "model_dir=out") == 0
+    assert capsys.readouterr().out == "export: out/export/serving/1700000000\n"
+    assert command("config=digits", "mode=export", "model_dir=out", "export.folder=here", "export.name=beta",
+                   "export.checkpoint_path=out/checkpoint-3", "export.to_tpu=false") == 0
+    assert [arguments for _, arguments in calls.done] == [
+        {"base": "out/export/serving", "checkpoint_path": None},
+        {"base": "here/beta", "checkpoint_path": "out/checkpoint-3"}]
+    assert [(made["export_to_tpu"], made["export_to_cpu"]) for made in calls.made] == [(True, True), (False, True)]
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "predict", "export"])
 def test_mode_without_a_checkpoint_is_refused(command, calls, capsys, folder, mode):
     assert command("config=digits", f"mode={mode}") == 2
     assert f"mode={mode} needs a checkpoint, and model_dir runs/digits holds none" in capsys.readouterr().err

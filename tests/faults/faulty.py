@@ -16,9 +16,11 @@ import tpuspec
 from tests.regression import regression_rows
 from tpuspec import ModeKeys, TPUEstimatorSpec
 from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.loops import export_folder
 from tpuspec.spec.phase import current_phase
 
-USER_CODE = ("input_fn", "model_fn", "host_call", "metric_fn", "nowhere", "disk")
+USER_CODE = ("input_fn", "model_fn", "host_call", "metric_fn", "nowhere", "disk", "serving_input_fn", "export_trace",
+             "export_files")
 
 
 def go_wrong(how: str) -> None:
@@ -89,6 +91,22 @@ def batches(rows):
             yield torch.stack([x for x, _ in chosen]), torch.stack([y for _, y in chosen])
 
 
+def serving_input_fn(params):
+    if params["place"] == "serving_input_fn":
+        go_wrong(params["how"])
+    if params["place"] == "export_files":
+        write_file, written = export_folder.write_file, []
+
+        def fail_at_the_third(path, chunks):
+            written.append(path)
+            if len(written) == 3:
+                go_wrong(params["how"])
+            return write_file(path, chunks)
+
+        export_folder.write_file = fail_at_the_third
+    return tpuspec.ServingInputReceiver(torch.zeros(1, 1))
+
+
 num_traces = 0
 num_evaluated = 0
 
@@ -97,6 +115,8 @@ def model_fn(features, labels, mode, params, model, optimizer, global_step):
     global num_traces
     prediction = model(features)
     if mode == ModeKeys.PREDICT:
+        if params["place"] == "export_trace" and torch.compiler.is_exporting():
+            go_wrong(params["how"])
         return TPUEstimatorSpec(mode, predictions={"y": prediction})
 
     def metric_fn(labels, prediction):

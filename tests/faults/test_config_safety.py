@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -128,3 +129,12 @@ def test_fault_50_a_config_beside_a_checkpoint_is_data(folder, capsys):
     assert train.main(["config=digits", "model_dir=run", "mode=train", "run.max_steps=4"]) == 0, "it is complete"
     assert os.listdir(folder) == ["run"], "the canary"
     assert not list(folder.rglob("canary"))
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:12])
+def test_fault_49_a_name_of_exports_that_leaves_their_folder_is_refused_with_code_2(folder, capsys, name):
+    make_trainer(folder / "run").train(rows_input(), max_steps=2)
+    before = sorted(folder.rglob("*"))
+    assert train.main(["config=digits", "mode=export", "model_dir=run", f"export.name={json.dumps(name)}"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before

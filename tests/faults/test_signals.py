@@ -84,8 +84,3 @@ def test_fault_22_a_host_call_that_hangs_does_not_keep_the_last_step_from_its_co
     assert ended.code == 143
     assert told in ended.err
     assert ended.steps()[-1] >= 5
-
-
-def test_fault_22_export_has_no_command_yet(commands, tmp_path):
-    """When mode=export comes, it belongs into the phases above."""
-    assert commands.run(tmp_path, "mode=export").code == 2

@@ -11,6 +11,7 @@ import signal
 import sys
 
 import numpy as np
+import torch.export._trace  # noqa: F401 - likewise
 import torch_xla  # noqa: F401 - what takes seconds to import
 
 import tpuspec.runtime.xla_replicas

@@ -14,7 +14,7 @@ from tpuspec.errors import ConfigError
 _HELP = """\
 usage: python -m tpuspec.train config=NAME [mode=MODE] [KEY=VALUE ...] [options]
 
-Trains, evaluates or predicts with a model_fn that returns a TPUEstimatorSpec.
+Trains, evaluates, predicts or exports with a model_fn that returns a TPUEstimatorSpec.
 
 {choices}
 
@@ -23,6 +23,7 @@ Modes:
   mode=train               trains to run.max_steps, or for run.steps more steps
   mode=evaluate            evaluates the latest checkpoint of model_dir
   mode=predict             writes model_dir/predictions.jsonl
+  mode=export              exports the latest checkpoint for serving, to model_dir/export/serving/<time>
 
 Common settings (any setting that --cfg job prints can be given):
   model_dir=DIR                checkpoints and logs; default runs/NAME; a second run goes on from there

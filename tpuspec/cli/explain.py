@@ -44,8 +44,7 @@ def explained(error: Exception, choices: Mapping[str, Choice], compose_base: Cal
     if reason.endswith("does not support deletion"):
         return ConfigError(f"{place}{key} cannot be removed; set it to null.")
     if key == "mode" and (value := re.match(r"Invalid value '(.*)',", reason)):
-        later = " Exporting comes in a later version." if value[1] == "export" else ""
-        return ConfigError(f"{place}mode must be one of {', '.join(m.name for m in Mode)}; got {value[1]!r}.{later}")
+        return ConfigError(f"{place}mode must be one of {', '.join(m.name for m in Mode)}; got {value[1]!r}.")
     return ConfigError(f"{place}{key}: {reason}" if key else place + reason)
 
 

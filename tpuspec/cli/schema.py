@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from tpuspec.config import RunConfig, TPUConfig
 from tpuspec.errors import ConfigError
+from tpuspec.spec.names import check_name
 
 SCHEMA_NAME = "schema"
 # These have their own places: `model_dir`, `tpu`, `quiet` and `device`.
@@ -26,6 +27,25 @@ class Mode(Enum):
     evaluate = "evaluate"
     predict = "predict"
     train_and_evaluate = "train_and_evaluate"
+    export = "export"
+
+
+@dataclass
+class ExportSettings:
+    """Exports for serving.
+
+    Attributes:
+      folder: below which exports lie; None takes model_dir/export, where that is a folder of this machine.
+      name: of the exports of mode=export, which go to folder/name/<seconds since 1970>.
+      checkpoint_path: what mode=export exports; None takes the newest checkpoint.
+      to_tpu, to_cpu: whether there is a program for XLA devices, and one for CPUs and GPUs.
+    """
+
+    folder: str | None = None
+    name: str = "serving"
+    checkpoint_path: str | None = None
+    to_tpu: bool = True
+    to_cpu: bool = True
 
 
 def _run_config_fields() -> list[tuple[str, Any, Any]]:
@@ -55,6 +75,7 @@ class TrainConfig:
       optimizer: dotted name of a function (model, params) -> Optimizer, or {_target_: torch.optim class, lr: ...}.
       scheduler: dotted name of a function (optimizer, params) -> LRScheduler, or {_target_: torch.optim.lr_scheduler
         class, ...}.
+      serving_input_fn: dotted name of a function that returns a tpuspec.ServingInputReceiver, for mode=export.
       report: dotted name of a function (trainer) that tells of the trained model, once train or train_and_evaluate is
         done.
       params: the Trainer's params; data only.
@@ -63,6 +84,7 @@ class TrainConfig:
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
       device: 'cpu' or 'cuda': plain PyTorch there, which sets use_tpu to false; None leaves it to use_tpu.
       quiet: whether to print results only.
+      export: where exports go, and which programs they have.
       run: RunConfig, and the number of steps.
       tpu: TPUConfig.
     """
@@ -74,6 +96,7 @@ class TrainConfig:
     model: str | None = None
     optimizer: Any = None
     scheduler: Any = None
+    serving_input_fn: str | None = None
     report: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
     train_batch_size: int | None = None
@@ -84,6 +107,7 @@ class TrainConfig:
     eval_on_tpu: bool = True
     device: str | None = None
     quiet: bool = False
+    export: ExportSettings = field(default_factory=ExportSettings)
     run: RunSettings = field(default_factory=RunSettings)  # pyright: ignore[reportInvalidTypeForm]
     tpu: TPUConfig = field(default_factory=TPUConfig)
 
@@ -104,11 +128,14 @@ def run_config(settings: TrainConfig) -> RunConfig:
                      device=settings.device)
 
 
+_OF_EXPORTS = ("serving_input_fn", *(f"export.{f.name}" for f in dataclasses.fields(ExportSettings)))
 _WITHOUT_EFFECT = {
-    Mode.train: ("run.eval_steps", "eval_batch_size", "eval_on_tpu", "predict_batch_size"),
-    Mode.evaluate: ("run.max_steps", "run.steps", "predict_batch_size"),
-    Mode.predict: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size"),
-    Mode.train_and_evaluate: ("run.steps", "predict_batch_size"),
+    Mode.train: ("run.eval_steps", "eval_batch_size", "eval_on_tpu", "predict_batch_size", *_OF_EXPORTS),
+    Mode.evaluate: ("run.max_steps", "run.steps", "predict_batch_size", *_OF_EXPORTS),
+    Mode.predict: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", *_OF_EXPORTS),
+    Mode.train_and_evaluate: ("run.steps", "predict_batch_size", *_OF_EXPORTS),
+    Mode.export: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", "predict_batch_size",
+                  "eval_on_tpu"),
 }
 
 
@@ -127,6 +154,8 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
     if ignored:
         raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")
     run = settings.run
+    if mode is Mode.export:
+        _check_export(settings)
     if mode is Mode.train and run.steps is not None and run.max_steps is not None:
         raise ConfigError(f"run.steps={run.steps} and run.max_steps={run.max_steps} are both set, and mean different "
                           "ends. Set the other to null, for example run.max_steps=null.")
@@ -143,3 +172,10 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
                               "Leave one of them out.")
         settings.use_tpu = settings.eval_on_tpu = False
     run_config(settings)
+
+
+def _check_export(settings: TrainConfig) -> None:
+    if settings.serving_input_fn is None:
+        raise ConfigError("mode=export needs serving_input_fn, the dotted name of a function that returns a "
+                          "tpuspec.ServingInputReceiver; the config sets none.")
+    check_name(settings.export.name, "export.name")

@@ -33,6 +33,7 @@ class Functions:
     model: ModelFactory | None
     optimizer: OptimizerFactory | None
     scheduler: SchedulerFactory | None
+    serving_input_fn: Callable[..., Any] | None
     report: Callable[..., Any] | None
 
 
@@ -68,7 +69,8 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
     for setting, (_, keywords) in targets.items():
         refuse_targets(keywords, setting)
     names = {"model_fn": settings.model_fn, "input_fn": settings.input_fn, "model": settings.model,
-             "report": settings.report, **{setting: name for setting, (name, _) in targets.items()}}
+             "serving_input_fn": settings.serving_input_fn, "report": settings.report,
+             **{setting: name for setting, (name, _) in targets.items()}}
     for setting, name in names.items():
         if name is not None:
             check_name(setting, name, prefixes)
@@ -81,7 +83,8 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
         elif inspect.isclass(found[setting]):
             raise ConfigError(f"{setting}={name} is a class; write it as {setting}={{_target_: {name}, {example}}}.")
     return Functions(model_fn=_needed("model_fn", found), input_fn=_needed("input_fn", found), model=found["model"],
-                     optimizer=found["optimizer"], scheduler=found["scheduler"], report=found["report"])
+                     optimizer=found["optimizer"], scheduler=found["scheduler"],
+                     serving_input_fn=found["serving_input_fn"], report=found["report"])
 
 
 def _needed(setting: str, found: Mapping[str, Callable[..., Any] | None]) -> Callable[..., Any]:

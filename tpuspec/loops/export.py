@@ -37,7 +37,7 @@ from tpuspec.spec.estimator_spec import EstimatorSpec
 from tpuspec.spec.export_output import ExportOutput
 from tpuspec.spec.functions import argument_names, call_by_name
 from tpuspec.spec.mode import ModeKeys
-from tpuspec.spec.phase import note_move
+from tpuspec.spec.phase import in_phase, note_move
 from tpuspec.spec.results import Batch
 from tpuspec.spec.scaffold import Scaffold, make_scaffold
 from tpuspec.summary.progress import Progress
@@ -88,19 +88,20 @@ class Exporting:
             self.trained.check_not_lent("export()")
         with interruptible(self.config.grace_seconds) as interruption, keeping_random_state(), \
                 choosing_weights(self.trained, store, checkpoint_path) as chosen:
-            receiver = self._receive(serving_input_fn)
             if chosen.path is None and chosen.live is None:
                 raise ConfigError(f"Couldn't find trained model at {self.store.model_dir}: train first, or give "
                                   "checkpoint_path.")
             where = chosen.holder or "memory"
             with _noting_interruption(interruption, where):
+                is_chief = coordinator is None or coordinator.is_chief
+                receiver = self._receive(serving_input_fn)
+                folder = check_base(base) if is_chief else Path()
                 module = self._build_module()
                 scaffold = self._scaffold(module, receiver)
                 tensors, step = chosen.read(store, scaffold)
                 _load(module, tensors, scaffold, where)
                 path = ""
-                if coordinator is None or coordinator.is_chief:
-                    folder = check_base(base)
+                if is_chief:
                     programs = self._trace(module, receiver, step, variants)
                     path = str(self._write(folder, programs, module, receiver, step, assets))
         self.progress.message(f"exported step {step}: {path}")
@@ -124,7 +125,8 @@ class Exporting:
         unknown = [name for name in argument_names(serving_input_fn) if name not in _SERVING_INPUT_ARGUMENTS]
         if unknown:
             raise ConfigError(f"serving_input_fn may take params, and nothing else; it takes {unknown}.")
-        receiver = call_by_name(serving_input_fn, {"params": copy.deepcopy(dict(self.source.params))})
+        with in_phase("serving_input_fn"):
+            receiver = call_by_name(serving_input_fn, {"params": copy.deepcopy(dict(self.source.params))})
         if not isinstance(receiver, ServingInputReceiver):
             raise ConfigTypeError("serving_input_fn must return a tpuspec.ServingInputReceiver; got "
                                   f"{type(receiver).__name__}.")
