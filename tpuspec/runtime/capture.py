@@ -129,6 +129,7 @@ class CapturedStep:
       audit_every: replays between two traces that check that the step is still what was captured.
       enter: makes the backend the one that steps reduce with; a context manager for each trace.
       name: of the step in messages.
+      host_code: of the backend's host functions in all modes.
       fallback: runs a step that is traced for good; None records and launches each.
 
     Attributes:
@@ -136,7 +137,8 @@ class CapturedStep:
     """
 
     def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
-                 enter: Callable[[], Any], name: str, fallback: Callable[..., list[StepOutput]] | None = None) -> None:
+                 enter: Callable[[], Any], name: str, host_code: HostCode,
+                 fallback: Callable[..., list[StepOutput]] | None = None) -> None:
         self.kind = "traced"
         self._step, self._replicas, self._name = step, tuple(replicas), name
         self._mode, self._audit_every, self._enter, self._fallback = mode, audit_every, enter, fallback
@@ -152,7 +154,7 @@ class CapturedStep:
         self._captured: dict[tuple[int, Hashable], None] = {}
         self._in_flight = False
         self._written: set[int] = set()
-        self._host_code: HostCode | None = None
+        self._host_code, self._knows_host_code = host_code, False
         self._kept: Any = None
         self._gave_up = mode is CaptureMode.off
 
@@ -160,7 +162,7 @@ class CapturedStep:
         """Dispatches one step on each replica's batch; does not wait for it."""
         if self._gave_up:
             return self._trace(batches, micro_step, None)
-        if self._host_code is None:  # of which the first trace tells
+        if not self._knows_host_code:  # of which the first trace tells
             return self._trace(batches, micro_step, None)
         if not self._in_flight:
             self._adopt()
@@ -202,7 +204,7 @@ class CapturedStep:
                        for number, group in enumerate(optimizer.param_groups) for key, value in group.items()
                        if key != "params" and not isinstance(value, Tensor)
                        and not (key == "lr" and id(group) in scheduled) and key != "initial_lr")
-        settings = settings_of(self._step, self._host_code or HostCode())
+        settings = settings_of(self._step, self._host_code)
         return (slots, training, groups, tuple(sorted((path, repr(value)) for path, value in settings.items())))
 
     def _follow_first_replica(self) -> None:
@@ -246,12 +248,11 @@ class CapturedStep:
                 befores.append(before := Before(state.replica))
                 seed = graph.get_seed(state.device)
                 recording = record(state.replica, self._step, batch, micro_step, before=before, rates=self._rates,
-                                   host_code=self._host_code or HostCode(), watch=watch)
+                                   host_code=self._host_code, watch=watch)
                 compile_recording(recording, state.device)
                 graph.set_seed(graph.next_seed(seed), state.device)
                 recordings.append(recording)
-        functions = recordings[0].output.functions
-        self._host_code = HostCode.of([functions.metric_fn, functions.host_call])
+        self._knows_host_code = True
         if len({recording.graph for recording in recordings}) > 1:
             raise CaptureError(f"the replicas computed different graphs in {self._name}, and would wait for each other "
                                "for ever. model_fn must do the same on every replica: no branch on an ordinal.")

@@ -15,7 +15,9 @@ import dis
 import enum
 import functools
 import hashlib
+import inspect
 import random
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -36,50 +38,44 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 _LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "tpuspec.", "tensorboard", "omegaconf", "hydra")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class HostCode:
-    """The code of a spec's host functions.
+    """The code of the host functions of a backend's steps, in all modes, as far as traces have told of it.
+
+    model_fn names the host functions of every mode, and the step of each must leave out all of them.
 
     Attributes:
       codes: code objects.
-      names: names that they use, where they are methods.
+      names: names that those which are methods use, themselves and in methods that they call.
     """
 
-    codes: frozenset[types.CodeType] = frozenset()
-    names: frozenset[str] = frozenset()
+    def __init__(self) -> None:
+        self.codes: frozenset[types.CodeType] = frozenset()
+        self.names: frozenset[str] = frozenset()
 
-    @classmethod
-    def of(cls, functions: Iterable[Any]) -> HostCode:
-        """Returns the code of functions; None among them is passed over."""
-        codes: set[types.CodeType] = set()
-        names: set[str] = set()
+    def add(self, functions: Iterable[Any]) -> None:
+        """Adds the code of functions; None among them is passed over."""
         for function in functions:
             while isinstance(function, functools.partial):
                 function = function.func
             if not isinstance(function, types.FunctionType | types.MethodType | type(None)):
                 function = getattr(function, "__call__", None)  # noqa: B004 - its method, not whether there is one
             if isinstance(function, types.MethodType):
-                function = function.__func__
-                names.update((getattr(function, "__code__", None) and function.__code__.co_names) or ())
-            if isinstance(function, types.FunctionType):
-                codes.add(function.__code__)
-        return cls(frozenset(codes), frozenset(names))
+                owner, function = type(function.__self__), function.__func__
+                if isinstance(function, types.FunctionType):
+                    self.names |= _names_by_methods(function.__code__, owner, frozenset())
+            if isinstance(function, types.FunctionType) and function.__code__ not in self.codes:
+                self.codes |= {function.__code__}
 
 
 def settings_of(step: Callable[..., Any], host_code: HostCode) -> Snapshot:
     """Returns the plain values that a step reads besides its module: closures, defaults, globals, bound objects."""
-    snapshot: Snapshot = {}
-    _Walk(snapshot, host_code, modules=False).visit("", step, 0)
-    return snapshot
+    return _snapshot({"": step}, host_code, modules=False)
 
 
 def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -> Snapshot:
     """Returns all that a step's Python code could change: `settings_of`, modules, optimizers, random state."""
-    snapshot: Snapshot = {}
-    walk = _Walk(snapshot, host_code, modules=True)
-    walk.visit("", step, 0)
-    if replica.model is not None:
-        walk.visit("model", replica.model, 0)
+    roots = {"": step} if replica.model is None else {"": step, "model": replica.model}
+    snapshot = _snapshot(roots, host_code, modules=True)
     for name, optimizer in replica.optimizers.items():
         path = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
@@ -139,21 +135,44 @@ def _digest(data: bytes) -> _Opaque:
     return _Opaque(hashlib.blake2b(data, digest_size=8).digest(), "a state")
 
 
-class _Walk:
-    """Visits values by path; each object once."""
+def _snapshot(roots: Mapping[str, Any], host_code: HostCode, *, modules: bool) -> Snapshot:
+    hidden = host_code.names
+    if hidden:  # but for what the step uses too
+        scout = _Walk(host_code.codes, frozenset(), modules=modules)
+        for path, value in roots.items():
+            scout.visit(path, value, 0)
+        hidden -= scout.used
+    walk = _Walk(host_code.codes, hidden, modules=modules)
+    for path, value in roots.items():
+        walk.visit(path, value, 0)
+    return walk.snapshot
 
-    def __init__(self, snapshot: Snapshot, host_code: HostCode, *, modules: bool) -> None:
-        self._snapshot = snapshot
-        self._host_code = host_code
-        self._modules = modules
+
+class _Walk:
+    """Visits values by path; each object once.
+
+    Args:
+      host_codes: of functions that are passed over.
+      hidden: names of attributes that are passed over.
+      modules: whether the attributes of modules are visited.
+
+    Attributes:
+      snapshot: what was found.
+      used: names that the functions use which were visited.
+    """
+
+    def __init__(self, host_codes: frozenset[types.CodeType], hidden: frozenset[str], *, modules: bool) -> None:
+        self.snapshot: Snapshot = {}
+        self.used: set[str] = set()
+        self._host_codes, self._hidden, self._modules = host_codes, hidden, modules
         self._seen: set[int] = set()
 
     def visit(self, path: str, value: Any, depth: int) -> None:
         if isinstance(value, (enum.Enum, *_SIMPLE)):
-            self._snapshot[path] = value
+            self.snapshot[path] = value
             return
         if isinstance(value, Tensor):
-            self._snapshot[path] = self._tensor(value)
+            self.snapshot[path] = self._tensor(value)
             return
         if id(value) in self._seen or depth > _MAX_DEPTH:
             return
@@ -170,6 +189,7 @@ class _Walk:
         if isinstance(value, types.FunctionType):
             yield from self._function(path, value)
         elif isinstance(value, types.MethodType):
+            self._use(value.__func__, type(value.__self__))
             yield f"{path}", value.__func__
             yield f"{path} self" if path else "self", value.__self__
         elif isinstance(value, functools.partial):
@@ -180,33 +200,38 @@ class _Walk:
                 yield from self._module(path, value)
         elif isinstance(value, np.ndarray):
             if value.nbytes <= 1 << 20:
-                self._snapshot[path] = _digest(value.tobytes())
+                self.snapshot[path] = _digest(value.tobytes())
         elif isinstance(value, np.random.Generator):
-            self._snapshot[path] = _digest(repr(value.bit_generator.state).encode())
+            self.snapshot[path] = _digest(repr(value.bit_generator.state).encode())
         elif isinstance(value, random.Random):
-            self._snapshot[path] = _digest(repr(value.getstate()).encode())
+            self.snapshot[path] = _digest(repr(value.getstate()).encode())
         elif isinstance(value, Mapping):
             yield from self._items(path, value, list(value.items()))
         elif isinstance(value, list | tuple | collections.deque):
             yield from self._items(path, value, list(enumerate(value)))
         elif isinstance(value, set | frozenset):
-            self._snapshot[path] = (len(value), frozenset(map(repr, value)) if len(value) <= _MAX_ITEMS else None)
+            self.snapshot[path] = (len(value), frozenset(map(repr, value)) if len(value) <= _MAX_ITEMS else None)
         elif type(value).__module__ == "itertools":
-            self._snapshot[path] = repr(value)
+            self.snapshot[path] = repr(value)
         elif isinstance(value, types.GeneratorType):
-            self._snapshot[path] = (value.gi_frame is None, value.gi_frame and value.gi_frame.f_lasti)
+            self.snapshot[path] = (value.gi_frame is None, value.gi_frame and value.gi_frame.f_lasti)
         elif dataclasses.is_dataclass(value) or not _is_library(type(value)):
             for name, item in list(getattr(value, "__dict__", {}).items()):
-                if name not in self._host_code.names:
+                if name not in self._hidden:
                     yield f"{path}.{name}", item
             for name in _slot_names(type(value)):
                 if hasattr(value, name):
                     yield f"{path}.{name}", getattr(value, name)
             if isinstance(call := vars(type(value)).get("__call__"), types.FunctionType):
+                self._use(call, type(value))
                 yield path, call
 
+    def _use(self, method: Any, owner: type) -> None:
+        if isinstance(method, types.FunctionType) and method.__code__ not in self._host_codes:
+            self.used |= _names_by_methods(method.__code__, owner, self._host_codes)
+
     def _items(self, path: str, container: Any, items: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
-        self._snapshot[f"number of items in {path}"] = len(container)
+        self.snapshot[f"number of items in {path}"] = len(container)
         for key, item in [*items[:_MAX_ITEMS // 2], *items[_MAX_ITEMS // 2:][-_MAX_ITEMS // 2:]]:
             yield f"{path}[{key!r}]", item
 
@@ -214,9 +239,10 @@ class _Walk:
         if _is_library(function):
             return
         code = function.__code__
-        if code in self._host_code.codes:
+        if code in self._host_codes:
             return
-        global_names, closed_names = _names_of(code, self._host_code.codes)
+        global_names, closed_names = _names_of(code, self._host_codes)
+        self.used |= global_names
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
                 if name in closed_names:
@@ -257,6 +283,39 @@ def _names_of(code: types.CodeType, without: frozenset[types.CodeType]) -> tuple
             global_names |= inner_global
             closed_names |= inner_closed
     return global_names, closed_names
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_by_methods(code: types.CodeType, owner: type, without: frozenset[types.CodeType]) -> frozenset[str]:
+    """Returns the names that a method uses, also in the methods of its class that it calls, and in its properties."""
+    names: set[str] = set()
+    codes, seen = [code], {code}
+    while codes:
+        code = codes.pop()
+        names |= _names_of(code, without)[0]
+        for name, is_called in _attributes_of(code, without):
+            found = inspect.getattr_static(owner, name, None)
+            if isinstance(found, property):
+                found = found.fget
+            elif not is_called:  # it may be a host function of another mode
+                continue
+            found = getattr(found, "__func__", found)
+            if isinstance(found, types.FunctionType) and found.__code__ not in seen | without:
+                seen.add(found.__code__)
+                codes.append(found.__code__)
+    return frozenset(names)
+
+
+def _attributes_of(code: types.CodeType, without: frozenset[types.CodeType]) -> Iterator[tuple[str, bool]]:
+    """Yields the names of attributes that a code reads itself or in functions inside it, and whether it calls them."""
+    for item in dis.get_instructions(code):
+        if item.opname == "LOAD_METHOD":  # up to Python 3.11
+            yield item.argval, True
+        elif item.opname == "LOAD_ATTR":
+            yield item.argval, sys.version_info >= (3, 12) and bool((item.arg or 0) & 1)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType) and constant not in without:
+            yield from _attributes_of(constant, without)
 
 
 def _is_library(value: Any) -> bool:

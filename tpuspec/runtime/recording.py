@@ -135,7 +135,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       micro_step: of the batch within an update.
       before: the replica's state.
       rates: learning rates that are inputs of the graph.
-      host_code: of the host functions, as far as they are known.
+      host_code: of the host functions; this step's are added.
       watch: whether to look for what could not be replayed.
     """
     device = str(replica.device)
@@ -153,6 +153,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
+    host_code.add([output.functions.metric_fn, output.functions.host_call])
     # One of the host's own becomes a constant of the graph.
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
     # Without its tensors: those that are views would be pending again once published, and be found as left over.
@@ -161,8 +162,6 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     if watch:
         if reads is not None and (note := reads.note()) is not None:
             recording.notes.append(note)
-        functions = output.functions
-        host_code = HostCode.of([functions.metric_fn, functions.host_call])
         if moved := changed(memory, memory_of(step, replica, host_code)):
             recording.is_doubtful = (not recording.notes and all(map(is_random_state, moved))
                                      and USER_THREADS.ran_since(mark))

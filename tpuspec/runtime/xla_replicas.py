@@ -24,6 +24,7 @@ from tpuspec.runtime.client import start_client
 from tpuspec.runtime.learning_rates import LearningRates, make_capturable
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.pod import Pod
+from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
@@ -60,6 +61,7 @@ class XlaReplicas:
         self._capture, self._audit_every = capture, audit_every_steps
         self._groups = groups
         self._newest: CapturedStep | None = None
+        self._host_code = HostCode()
         self._pod = pod
         self.coordinator: Coordinator = Alone() if pod is None else pod.coordinator
         self.topology = topology
@@ -157,6 +159,7 @@ class XlaReplicas:
             step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
         captured = _Newest(self, CapturedStep(
             step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name="the step",
+            host_code=self._host_code,
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
                                 rates=LearningRates(replicas)) if alone else None))
         return captured if self._pod is None else only_on_chief(captured, self.topology)
