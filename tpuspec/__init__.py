@@ -4,6 +4,9 @@ from tpuspec import export, metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
 from tpuspec.export.receiver import ServingInputReceiver
 from tpuspec.runtime.launch import LaunchInfo, launch_info
+from tpuspec.schedule.exporters import BestExporter, Exporter, FinalExporter, LatestExporter
+from tpuspec.schedule.specs import EvalSpec, TrainSpec
+from tpuspec.schedule.train_and_evaluate import train_and_evaluate
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
@@ -16,14 +19,19 @@ from tpuspec.trainer import Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "BestExporter",
     "CaptureMode",
     "CheckpointSaverListener",
     "ClassificationOutput",
     "CrossShardOptimizer",
     "EstimatorSpec",
+    "EvalSpec",
+    "Exporter",
+    "FinalExporter",
     "HookContext",
     "HostCall",
     "InputPipelineConfig",
+    "LatestExporter",
     "LaunchInfo",
     "ModeKeys",
     "PredictOutput",
@@ -35,9 +43,11 @@ __all__ = [
     "TPUConfig",
     "TPUEstimatorSpec",
     "TrainOp",
+    "TrainSpec",
     "Trainer",
     "export",
     "launch_info",
     "metrics",
     "summary",
+    "train_and_evaluate",
 ]

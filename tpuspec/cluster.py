@@ -31,6 +31,9 @@ def read_cluster(task_type: str) -> Cluster:
     if task_type not in ("worker", "evaluator"):
         raise ConfigError(f"task_type must be 'worker' or 'evaluator'; got {task_type!r}.")
     if task_type == "evaluator":
+        if os.environ.get("RANK", "0") != "0":
+            raise ConfigError("task_type='evaluator': there can only be one `evaluator` task; got RANK="
+                              f"{os.environ['RANK']!r}. Start one process, without torchrun.")
         return Cluster(task_type=task_type, task_index=0, num_workers=0)
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None and world is None:

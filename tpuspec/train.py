@@ -17,11 +17,12 @@ from tpuspec.cli.compose import Job
 from tpuspec.cli.launch import FAILED, format_metrics, launch
 from tpuspec.cli.output import survive_closed_output
 from tpuspec.cli.record import describe_environment, replacing, write_record
-from tpuspec.cli.schema import Mode, run_config
+from tpuspec.cli.schema import ExporterKind, Mode, TrainConfig, run_config
 from tpuspec.cli.targets import Functions, resolve_functions
 from tpuspec.errors import ConfigError
 from tpuspec.loops.ending import end_within
 from tpuspec.loops.interruption import interruptible
+from tpuspec.schedule.exporters import compare_metric
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
@@ -79,10 +80,11 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
         return predict(job, trainer, functions)
     if settings.mode is Mode.export:
         return export(job, trainer, functions)
-    evaluations = EvaluateCheckpoints(trainer, functions, settings.run.eval_steps)
+    metrics: Mapping[str, Any] = {}
     if settings.mode is not Mode.evaluate:
-        train(job, trainer, functions, environment, [evaluations] if settings.mode is Mode.train_and_evaluate else [])
-    metrics = {} if settings.mode is Mode.train else evaluations.newest()
+        metrics = train(job, trainer, functions, environment)
+    if settings.mode is not Mode.train and metrics.get("global_step") != trainer.global_step():
+        metrics = trainer.evaluate(functions.input_fn, steps=settings.run.eval_steps)
     if not trainer.is_chief:
         return metrics
     if metrics:
@@ -93,38 +95,45 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     return metrics
 
 
-class EvaluateCheckpoints(tpuspec.CheckpointSaverListener):
-    """Evaluates after every checkpoint but that of the start."""
+def train(job: Job, trainer: tpuspec.Trainer, functions: Functions,
+          environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Trains, unless training is complete already; the settings are written first.
 
-    def __init__(self, trainer: tpuspec.Trainer, functions: Functions, eval_steps: int | None) -> None:
-        self._trainer, self._functions, self._eval_steps = trainer, functions, eval_steps
-        self._metrics: Mapping[str, Any] = {}
-
-    def after_save(self, global_step: int) -> None:
-        """Evaluates the state that was saved."""
-        if global_step > 0:
-            self._metrics = self._trainer.evaluate(self._functions.input_fn, steps=self._eval_steps)
-
-    def newest(self) -> Mapping[str, Any]:
-        """Returns the metrics of the newest state, evaluated now if they are not known."""
-        if self._metrics.get("global_step") != self._trainer.global_step():
-            self._metrics = self._trainer.evaluate(self._functions.input_fn, steps=self._eval_steps)
-        return self._metrics
-
-
-def train(job: Job, trainer: tpuspec.Trainer, functions: Functions, environment: Mapping[str, Any],
-          listeners: Sequence[tpuspec.CheckpointSaverListener]) -> None:
-    """Trains, unless training is complete already; the settings are written first."""
+    Returns:
+      Metrics of the last evaluation of mode=train_and_evaluate; {} without one.
+    """
     settings, step = job.settings, trainer.global_step()
     if settings.run.max_steps is not None and step >= settings.run.max_steps:
         print(f"training is complete: {settings.model_dir} is at step {step}, run.max_steps is "
               f"{settings.run.max_steps}. A larger run.max_steps goes on from there.", flush=True)
-        return
+        return {}
     if trainer.is_chief:
         write_record(trainer.model_dir, job.resolved, environment)
     saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
-    with_listeners: dict[str, Any] = {"saving_listeners": listeners} if listeners and saves else {}
-    trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps, **with_listeners)
+    exporters = make_exporters(settings, functions)
+    if settings.mode is Mode.train or not (saves or exporters):
+        trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps)
+        return {}
+    metrics, _ = tpuspec.train_and_evaluate(
+        trainer, tpuspec.TrainSpec(functions.input_fn, max_steps=settings.run.max_steps),
+        tpuspec.EvalSpec(functions.input_fn, steps=settings.run.eval_steps, exporters=exporters, throttle_secs=0))
+    return metrics or {}
+
+
+def make_exporters(settings: TrainConfig, functions: Functions) -> list[tpuspec.Exporter]:
+    """Returns the exporters that the settings name."""
+    export, receive = settings.export, functions.serving_input_fn
+    if not export.exporters:
+        return []
+    assert receive is not None, "checked with the settings"
+    compare = compare_metric(export.metric, higher_is_better=export.higher_is_better)
+    makes = {
+        ExporterKind.best: lambda name: tpuspec.BestExporter(
+            name, receive, compare_fn=compare, exports_to_keep=export.exports_to_keep),
+        ExporterKind.latest: lambda name: tpuspec.LatestExporter(
+            name, receive, exports_to_keep=export.exports_to_keep),
+        ExporterKind.final: lambda name: tpuspec.FinalExporter(name, receive)}
+    return [makes[kind](kind.name) for kind in export.exporters]
 
 
 def predict(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:

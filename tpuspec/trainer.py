@@ -326,7 +326,8 @@ class Trainer(ReadsVariables):
     @watched
     def export(self, export_dir_base: str | os.PathLike[str], serving_input_fn: Callable[..., Any],
                checkpoint_path: str | os.PathLike[str] | None = None, *,
-               assets_extra: Mapping[str, str | os.PathLike[str]] | None = None) -> str:
+               assets_extra: Mapping[str, str | os.PathLike[str]] | None = None,
+               metrics: EvalResult | None = None) -> str:
         """Exports the model for serving; `tpuspec.export.load` loads it. All hosts call it, and the chief writes.
 
         Args:
@@ -334,9 +335,10 @@ class Trainer(ReadsVariables):
           serving_input_fn: returns a `tpuspec.ServingInputReceiver`; may take params.
           checkpoint_path: as in evaluate, but initial weights are not exported.
           assets_extra: place below assets.extra -> file to copy there.
+          metrics: what an evaluation of these weights gave, to be kept with them.
 
         Returns:
-          The folder of the export.
+          The folder of the export; '' on hosts that are not the chief.
 
         Raises:
           ConfigError, ConfigTypeError, SpecError and kin: a rule is broken, or there is no trained model.
@@ -349,7 +351,7 @@ class Trainer(ReadsVariables):
         return Exporting(
             model_fn=self._model_fn, config=self._config, source=self._source, store=self._store, trained=trained,
             to_cpu=self._export_to_cpu, to_tpu=self._export_to_tpu, progress=self._progress,
-        ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra)
+        ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra, metrics)
 
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""

@@ -152,7 +152,7 @@ def test_users_config_extends_a_packaged_one(command, calls, user_config):
     assert calls.made[0]["params"]["width"] == 8 and calls.made[0]["params"]["dropout"] == 0.25
     assert calls.made[0]["model_dir"] == "runs/mine"
     verb, arguments = calls.done[0]
-    assert (verb, arguments["steps"], arguments["max_steps"]) == ("train", None, 5)
+    assert (verb, arguments["max_steps"]) == ("train", 5)
 
 
 def test_hydra_interpolations_name_the_model_dir(command, calls):
@@ -198,6 +198,6 @@ def test_sweep_over_replicas_is_refused_since_a_process_starts_its_devices_once(
 
 def test_an_export_without_a_serving_input_fn_or_of_a_strange_name_is_refused(command, capsys, folder):
     message = refused(command, capsys, folder, "config=digits", "mode=export", "serving_input_fn=null")
-    assert "mode=export needs serving_input_fn" in message
+    assert "mode=export with exports needs serving_input_fn" in message
     message = refused(command, capsys, folder, "config=digits", "mode=export", "export.name=../x")
     assert "export.name must be 1 to 100 letters" in message

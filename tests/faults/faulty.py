@@ -52,10 +52,15 @@ def wait_for_phase(params) -> None:
     go_wrong(params["how"])
 
 
+watches = False
+
+
 def model(params):
+    global watches
     if params["place"] == "disk":
         CheckpointStore.save = lambda store, state: time.sleep(1000)
-    if params["place"] not in USER_CODE:
+    if params["place"] not in USER_CODE and not watches:
+        watches = True
         threading.Thread(target=wait_for_phase, args=(params,), daemon=True).start()
     return nn.Sequential(nn.Linear(1, 8), *(nn.Linear(8, 8) for _ in range(params["num_layers"])), nn.Linear(8, 1))
 
@@ -115,7 +120,7 @@ def model_fn(features, labels, mode, params, model, optimizer, global_step):
     global num_traces
     prediction = model(features)
     if mode == ModeKeys.PREDICT:
-        if params["place"] == "export_trace" and torch.compiler.is_exporting():
+        if params["place"] == "export_trace" and torch.compiler.is_exporting() and not params["use_tpu"]:
             go_wrong(params["how"])
         return TPUEstimatorSpec(mode, predictions={"y": prediction})
 

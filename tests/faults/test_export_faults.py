@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tpuspec
 from tests.faults.system_calls import Killed, SystemCalls, system_calls
 from tests.regression import make_trainer, rows_input
 from tpuspec import ServingInputReceiver
@@ -71,6 +72,63 @@ def test_fault_24_a_second_signal_during_export_leaves_none_and_the_next_export_
     assert load(base / visible(base)[0]).global_step == 5
 
 
+WITH_EXPORTER = ["quiet=true", "mode=train_and_evaluate", "export.exporters=[latest]", "run.max_steps=40", NATIVE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "told"), [
+    ("serving_input_fn", "in serving_input_fn at step 21: ZeroDivisionError: by the test"),
+    ("export_trace", "in export at step 21: model_fn in mode PREDICT cannot be traced"),
+    ("export_files", "in export at step 21: ZeroDivisionError: by the test")],
+    ids=["serving_input_fn", "export_trace", "export_files"])
+def test_fault_34_an_exporter_that_raises_ends_the_run_with_its_error_and_leaves_no_part_of_an_export(
+        commands, tmp_path, place, told):
+    ended = commands.run(tmp_path, *WITH_EXPORTER, f"params.place={place}", "params.how=raise")
+    assert ended.code == 1
+    assert ended.first_line.startswith(f"error: {told}") and "ZeroDivisionError: by the test" in ended.err
+    assert f"The exporter 'latest' raised it, for {ended.model_dir.name}/checkpoint-20." in ended.first_line
+    assert "(The same command goes on from step 20, in run.)" in ended.first_line
+    assert ended.steps() == [0, 20]
+    base = ended.model_dir / "export" / "latest"
+    assert not base.exists() or os.listdir(base) == []
+    ended = commands.run(tmp_path, *WITH_EXPORTER)
+    assert (ended.code, ended.steps()) == (0, [0, 20, 40]), ended.err
+    assert [load(base / name).global_step for name in os.listdir(base)] == [40]
+
+
+def test_fault_34_an_exporter_of_the_users_own_that_raises_is_named(tmp_path):
+    class Fails(tpuspec.Exporter):
+        name = "mine"
+
+        def export(self, trainer, export_path, checkpoint_path, eval_result, is_the_final_export):
+            trainer.export(export_path, serving_input_fn, checkpoint_path)
+            raise KeyError("behind its export")
+
+    trainer = make_trainer(tmp_path, use_tpu=False, save_checkpoints_steps=2)
+    with pytest.raises(KeyError, match="behind its export") as caught:
+        tpuspec.train_and_evaluate(trainer, tpuspec.TrainSpec(rows_input(), 4),
+                                   tpuspec.EvalSpec(rows_input(), steps=None, exporters=Fails(), throttle_secs=0))
+    assert caught.value.__notes__ == [f"The exporter 'mine' raised it, for {tmp_path}/checkpoint-2."]
+    assert caught.value._tpuspec_phase == "exporter mine"
+    assert CheckpointStore(tmp_path).steps() == [0, 2] and CheckpointStore(tmp_path).damaged_steps() == []
+    base = tmp_path / "export" / "mine"
+    assert [load(base / name).global_step for name in visible(base)] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["export", "export_trace", "export_files"])
+def test_fault_22_a_signal_while_an_exporter_works_ends_at_a_finished_step_with_whole_exports_only(
+        commands, tmp_path, place):
+    ended = commands.run(tmp_path, *WITH_EXPORTER, f"params.place={place}", "params.how=SIGTERM")
+    assert ended.code == 143
+    assert ended.first_line.startswith("interrupted by SIGTERM: stopped at step 20, newest checkpoint"), ended.err
+    assert ended.last_step() == 20
+    base = ended.model_dir / "export" / "latest"
+    assert os.listdir(base) == visible(base)
+    assert all(load(base / name).global_step == 20 for name in visible(base))
+    assert ended.seconds < LOADED_SECONDS
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     return make_trainer(tmp_path_factory.mktemp("run"), use_tpu=False).train(rows_input(), max_steps=2)
@@ -89,7 +147,7 @@ def write(tmp_path_factory):
         base.mkdir(exist_ok=True)
         return commit_next(base, lambda folder: write_bundle(
             writing_into(folder), programs={CPU_TAGS: program}, weights=encode_tensors(weights), single_input=True,
-            assets={"a/b": asset}, global_step=2)).name
+            assets={"a/b": asset}, global_step=2, metrics={})).name
 
     return commit
 

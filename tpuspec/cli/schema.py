@@ -30,6 +30,14 @@ class Mode(Enum):
     export = "export"
 
 
+class ExporterKind(Enum):
+    """Which evaluated checkpoints are exported."""
+
+    best = "best"
+    latest = "latest"
+    final = "final"
+
+
 @dataclass
 class ExportSettings:
     """Exports for serving.
@@ -39,6 +47,10 @@ class ExportSettings:
       name: of the exports of mode=export, which go to folder/name/<seconds since 1970>.
       checkpoint_path: what mode=export exports; None takes the newest checkpoint.
       to_tpu, to_cpu: whether there is a program for XLA devices, and one for CPUs and GPUs.
+      exporters: of mode=train_and_evaluate; each exports to model_dir/export/<its kind>.
+      exports_to_keep: of each but final; None keeps all.
+      metric: which the best exporter compares.
+      higher_is_better: how it does.
     """
 
     folder: str | None = None
@@ -46,6 +58,10 @@ class ExportSettings:
     checkpoint_path: str | None = None
     to_tpu: bool = True
     to_cpu: bool = True
+    exporters: list[ExporterKind] = field(default_factory=list)
+    exports_to_keep: int | None = 5
+    metric: str = "loss"
+    higher_is_better: bool = False
 
 
 def _run_config_fields() -> list[tuple[str, Any, Any]]:
@@ -75,7 +91,7 @@ class TrainConfig:
       optimizer: dotted name of a function (model, params) -> Optimizer, or {_target_: torch.optim class, lr: ...}.
       scheduler: dotted name of a function (optimizer, params) -> LRScheduler, or {_target_: torch.optim.lr_scheduler
         class, ...}.
-      serving_input_fn: dotted name of a function that returns a tpuspec.ServingInputReceiver, for mode=export.
+      serving_input_fn: dotted name of a function that returns a tpuspec.ServingInputReceiver, for exports.
       report: dotted name of a function (trainer) that tells of the trained model, once train or train_and_evaluate is
         done.
       params: the Trainer's params; data only.
@@ -129,13 +145,15 @@ def run_config(settings: TrainConfig) -> RunConfig:
 
 
 _OF_EXPORTS = ("serving_input_fn", *(f"export.{f.name}" for f in dataclasses.fields(ExportSettings)))
+_OF_EXPORTERS = ("export.exporters", "export.exports_to_keep", "export.metric", "export.higher_is_better")
 _WITHOUT_EFFECT = {
     Mode.train: ("run.eval_steps", "eval_batch_size", "eval_on_tpu", "predict_batch_size", *_OF_EXPORTS),
     Mode.evaluate: ("run.max_steps", "run.steps", "predict_batch_size", *_OF_EXPORTS),
     Mode.predict: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", *_OF_EXPORTS),
-    Mode.train_and_evaluate: ("run.steps", "predict_batch_size", *_OF_EXPORTS),
+    Mode.train_and_evaluate: ("run.steps", "predict_batch_size", "export.folder", "export.name",
+                              "export.checkpoint_path"),
     Mode.export: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", "predict_batch_size",
-                  "eval_on_tpu"),
+                  "eval_on_tpu", *_OF_EXPORTERS),
 }
 
 
@@ -154,7 +172,7 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
     if ignored:
         raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")
     run = settings.run
-    if mode is Mode.export:
+    if mode is Mode.export or (mode is Mode.train_and_evaluate and settings.export.exporters):
         _check_export(settings)
     if mode is Mode.train and run.steps is not None and run.max_steps is not None:
         raise ConfigError(f"run.steps={run.steps} and run.max_steps={run.max_steps} are both set, and mean different "
@@ -176,6 +194,9 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
 
 def _check_export(settings: TrainConfig) -> None:
     if settings.serving_input_fn is None:
-        raise ConfigError("mode=export needs serving_input_fn, the dotted name of a function that returns a "
-                          "tpuspec.ServingInputReceiver; the config sets none.")
+        raise ConfigError(f"mode={settings.mode.name} with exports needs serving_input_fn, the dotted name of a "
+                          "function that returns a tpuspec.ServingInputReceiver; the config sets none.")
     check_name(settings.export.name, "export.name")
+    if len(set(settings.export.exporters)) != len(settings.export.exporters):
+        raise ConfigError("export.exporters names one kind twice; got "
+                          f"{[kind.name for kind in settings.export.exporters]}.")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 
 from tpuspec.errors import ConfigError, ExportError
@@ -56,6 +58,7 @@ class Metadata:
 
     Attributes:
       global_step: of the weights.
+      metrics: what an evaluation of them gave; {} where it is not known.
       inputs: what the server receives, by name; the program takes a single one named 'input' as a bare tensor if
         `single_input`.
       single_input: whether it takes one tensor, and not a dict.
@@ -66,6 +69,7 @@ class Metadata:
     """
 
     global_step: int
+    metrics: Mapping[str, Any]
     inputs: Mapping[str, TensorSpec]
     single_input: bool
     signatures: Mapping[str, Signature]
@@ -77,11 +81,12 @@ class Metadata:
         """Returns the file."""
         return json.dumps({
             "format_version": FORMAT_VERSION, "torch_version": self.torch_version, "global_step": self.global_step,
+            "metrics": _as_data(self.metrics),
             "programs": [{"tags": sorted(tags), "file": file} for tags, file in self.programs.items()],
             "inputs": {name: spec.as_json() for name, spec in self.inputs.items()}, "single_input": self.single_input,
             "signatures": {name: signature.as_json() for name, signature in self.signatures.items()},
             "files": {name: {"size": size, "crc32": crc32} for name, (size, crc32) in self.files.items()},
-        }, indent=1).encode() + b"\n"
+        }, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -97,7 +102,8 @@ class Metadata:
                 raise ExportError(f"{folder} has format {body['format_version']}, and this tpuspec reads "
                                   f"{FORMAT_VERSION}. Load it with a later tpuspec.")
             return cls(
-                global_step=int(body["global_step"]), torch_version=str(body["torch_version"]),
+                global_step=int(body["global_step"]), metrics=_from_data(body["metrics"]),
+                torch_version=str(body["torch_version"]),
                 inputs={name: TensorSpec.from_json(entry) for name, entry in body["inputs"].items()},
                 single_input=bool(body["single_input"]),
                 signatures={name: Signature.from_json(entry) for name, entry in body["signatures"].items()},
@@ -112,7 +118,7 @@ class Metadata:
 
 def write_bundle(write_file: WriteFile, *, programs: Mapping[frozenset[str], Program],
                  weights: Iterable[bytes | memoryview], assets: Mapping[str, Path], single_input: bool,
-                 global_step: int) -> None:
+                 global_step: int, metrics: Mapping[str, Any]) -> None:
     """Writes an export's files, the metadata last.
 
     Args:
@@ -121,7 +127,7 @@ def write_bundle(write_file: WriteFile, *, programs: Mapping[frozenset[str], Pro
       weights: the safetensors file.
       assets: name below assets.extra -> file to copy.
       single_input: whether the programs take one tensor.
-      global_step: of the weights.
+      global_step, metrics: see `Metadata`.
     """
     written = {WEIGHTS_FILE: write_file(WEIGHTS_FILE, weights)}
     for tags, program in programs.items():
@@ -130,8 +136,9 @@ def write_bundle(write_file: WriteFile, *, programs: Mapping[frozenset[str], Pro
         written[f"{ASSETS_FOLDER}/{name}"] = write_file(f"{ASSETS_FOLDER}/{name}", _read_parts(source))
     one = next(iter(programs.values()))
     write_file(METADATA_FILE, [Metadata(
-        global_step=global_step, inputs=one.inputs, single_input=single_input, signatures=one.signatures,
-        programs={tags: PROGRAM_FILES[tags] for tags in programs}, torch_version=torch.__version__,
+        global_step=global_step, metrics=metrics, inputs=one.inputs, single_input=single_input,
+        signatures=one.signatures, torch_version=torch.__version__,
+        programs={tags: PROGRAM_FILES[tags] for tags in programs},
         files={name: (file.size, file.crc32) for name, file in written.items()}).encode()])
 
 
@@ -168,6 +175,25 @@ def checked_path(folder: Path, name: str, metadata: Metadata) -> Path:
     if (size, crc32) != metadata.files.get(name):
         raise ExportError(f"the export {folder} is damaged: checksum mismatch in {name}. Export again.")
     return folder / name
+
+
+def _as_data(value: Any) -> Any:
+    """Returns metrics as JSON has them: arrays become lists, and NaN and infinity their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_data(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return _as_data(value.tolist())
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_data(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_data(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _read_parts(source: Path) -> Iterator[bytes]:

@@ -34,13 +34,14 @@ class ServingModel:
       inputs: name -> what it takes; one tensor is called 'input'.
       signatures: name -> what comes back.
       global_step: of its weights.
+      metrics: of the evaluation that it was exported behind; {} where there was none.
     """
 
     def __init__(self, metadata: Metadata, program: Callable[..., Any], weights: Mapping[str, Tensor],
                  device: torch.device) -> None:
         self.inputs: Mapping[str, TensorSpec] = metadata.inputs
         self.signatures: Mapping[str, Signature] = metadata.signatures
-        self.global_step = metadata.global_step
+        self.global_step, self.metrics = metadata.global_step, metadata.metrics
         self._is_single = metadata.single_input
         self._program, self._weights, self._device = program, dict(weights), device
 

@@ -72,7 +72,8 @@ class Exporting:
     progress: Progress
 
     def run(self, base: str | os.PathLike[str], serving_input_fn: Callable[..., Any],
-            checkpoint_path: str | os.PathLike[str] | None, assets_extra: Mapping[str, Any] | None) -> str:
+            checkpoint_path: str | os.PathLike[str] | None, assets_extra: Mapping[str, Any] | None,
+            metrics: Mapping[str, Any] | None) -> str:
         """Exports; see `Trainer.export`. Returns the folder.
 
         Raises:
@@ -83,6 +84,11 @@ class Exporting:
         """
         variants, assets = self._variants(), check_assets(assets_extra)
         coordinator = None if self.trained is None else self.trained.backend.coordinator
+        is_chief = coordinator is None or coordinator.is_chief
+        if checkpoint_path is not None:  # the chief has all that it takes
+            coordinator = None
+            if not is_chief:
+                return ""
         store = self.store if coordinator is None else store_of(self.store, coordinator)
         if self.trained is not None:
             self.trained.check_not_lent("export()")
@@ -93,19 +99,18 @@ class Exporting:
                                   "checkpoint_path.")
             where = chosen.holder or "memory"
             with _noting_interruption(interruption, where):
-                is_chief = coordinator is None or coordinator.is_chief
                 receiver = self._receive(serving_input_fn)
                 folder = check_base(base) if is_chief else Path()
                 module = self._build_module()
                 scaffold = self._scaffold(module, receiver)
                 tensors, step = chosen.read(store, scaffold)
                 _load(module, tensors, scaffold, where)
-                path = ""
-                if is_chief:
-                    programs = self._trace(module, receiver, step, variants)
-                    path = str(self._write(folder, programs, module, receiver, step, assets))
-        self.progress.message(f"exported step {step}: {path}")
-        return path if coordinator is None else coordinator.share(path)
+                if not is_chief:
+                    return ""
+                self.progress.message(f"exporting the weights of step {step} to {folder}")
+                programs = self._trace(module, receiver, step, variants)
+                return str(_write(folder, module, programs=programs, assets=assets, global_step=step,
+                                  single_input=isinstance(receiver.received, Tensor), metrics=metrics or {}))
 
     def _variants(self) -> dict[frozenset[str], bool]:
         """Returns params['use_tpu'] of each program, by its tags."""
@@ -174,21 +179,6 @@ class Exporting:
                                   "export_to_tpu=False.")
         return programs
 
-    def _write(self, base: Path, programs: Mapping[frozenset[str], Program], module: nn.Module | None,
-               receiver: ServingInputReceiver, step: int, assets: Mapping[str, Path]) -> Path:
-        weights = storable_tensors(_weights_of(module), "model")
-        note_move()
-
-        def write(folder: Path) -> None:
-            write_bundle(writing_into(folder), programs=programs, weights=encode_tensors(weights), assets=assets,
-                         single_input=isinstance(receiver.received, Tensor), global_step=step)
-
-        try:
-            return commit_next(base, write)
-        except OSError as error:
-            raise ExportError(f"the export could not be written to {base}, where nothing of it is left: {error}. Its "
-                              f"weights have {sum(t.nbytes for t in weights.values()):,} bytes.") from error
-
 
 class _ServedModel:
     """model_fn in mode PREDICT as a pure function of weights and of what is received.
@@ -245,6 +235,18 @@ def _load(module: nn.Module | None, tensors: dict[str, Tensor], scaffold: Scaffo
             raise ConfigError(f"the model is not ready, says the scaffold's ready_fn: {missing}")
     elif tensors:
         raise UnfitCheckpointError(f"the checkpoint {where} holds a module's tensors, but the Trainer has no model.")
+
+
+def _write(base: Path, module: nn.Module | None, **contents: Any) -> Path:
+    """Commits an export of a module; see `write_bundle` for its contents."""
+    weights = storable_tensors(_weights_of(module), "model")
+    note_move()
+    try:
+        return commit_next(base, lambda folder: write_bundle(
+            writing_into(folder), weights=encode_tensors(weights), **contents))
+    except OSError as error:
+        raise ExportError(f"the export could not be written to {base}, where nothing of it is left: {error}. Its "
+                          f"weights have {sum(tensor.nbytes for tensor in weights.values()):,} bytes.") from error
 
 
 def _weights_of(module: nn.Module | None) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""What runs around training: evaluations, exports, and early stopping."""
