@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +21,7 @@ from tpuspec.cli.record import describe_environment, replacing, write_record
 from tpuspec.cli.schema import ExporterKind, Mode, TrainConfig, run_config
 from tpuspec.cli.targets import Functions, resolve_functions
 from tpuspec.errors import ConfigError
+from tpuspec.export.bundle import Metadata
 from tpuspec.loops.ending import end_within
 from tpuspec.loops.interruption import interruptible
 from tpuspec.schedule.exporters import compare_metric
@@ -160,6 +162,10 @@ def export(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[
     folder = os.path.join(settings.folder or os.path.join(trainer.model_dir, "export"), settings.name)
     path = trainer.export(folder, functions.serving_input_fn, settings.checkpoint_path)
     if trainer.is_chief:
+        model = Metadata.read(Path(path))
+        print(f"  takes  {', '.join(f'{name}: {spec}' for name, spec in model.inputs.items())}")
+        for name, signature in model.signatures.items():
+            print(f"  {name}  {', '.join(f'{output}: {spec}' for output, spec in signature.outputs.items())}")
         print(f"export: {path}", flush=True)
     return {}
 

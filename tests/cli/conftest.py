@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tpuspec
 from tpuspec import train
+from tpuspec.export.bundle import METADATA_FILE, Metadata
+from tpuspec.export.signature import Signature, TensorSpec
 
 NUM_PREDICTIONS = 5
 
@@ -58,7 +61,14 @@ class FakeTrainer:
 
     def export(self, export_dir_base: str, serving_input_fn: Any, checkpoint_path: str | None) -> str:
         self._do("export", {"base": export_dir_base, "checkpoint_path": checkpoint_path})
-        return f"{export_dir_base}/1700000000"
+        folder = Path(export_dir_base) / "1700000000"
+        folder.mkdir(parents=True)
+        image, label = TensorSpec(torch.float32, ("batch", 8, 8)), TensorSpec(torch.int64, ("batch",))
+        (folder / METADATA_FILE).write_bytes(Metadata(
+            global_step=5, metrics={}, inputs={"image": image}, single_input=False, programs={}, files={},
+            signatures={"serving_default": Signature(kind="predict", outputs={"classes": label})},
+            torch_version="2.9.0").encode())
+        return str(folder)
 
     def _do(self, name: str, arguments: dict[str, Any]) -> None:
         self._calls.done.append((name, arguments))

@@ -52,7 +52,9 @@ def test_failed_prediction_leaves_no_file(command, calls, folder):
 def test_an_export_goes_below_model_dir_or_where_it_is_told_and_its_folder_is_printed(command, calls, capsys):
     calls.global_step = 5
     assert command("config=digits", "mode=export", "model_dir=out") == 0
-    assert capsys.readouterr().out == "export: out/export/serving/1700000000\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "  takes  image: float32 [batch, 8, 8]", "  serving_default  classes: int64 [batch]",
+        "export: out/export/serving/1700000000"]
     assert command("config=digits", "mode=export", "model_dir=out", "export.folder=here", "export.name=beta",
                    "export.checkpoint_path=out/checkpoint-3", "export.to_tpu=false") == 0
     assert [arguments for _, arguments in calls.done] == [
