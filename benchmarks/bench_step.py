@@ -8,7 +8,8 @@ workload (median milliseconds per step, smallest and largest), then a table. A r
 the contender's time to the Trainer's in the same repeat: above 1, the Trainer is faster.
 
 The traced loop takes part twice: with AdamW(capturable=True), which has the Trainer's bits, and as torch makes AdamW,
-which traces fewer operations. JAX, Lightning and Accelerate take part where they are installed:
+which traces fewer operations. So does the Trainer: as it is set for each workload, and with steps_per_execution=1.
+JAX, Lightning and Accelerate take part where they are installed:
 pip install 'tpuspec[bench]'.
 """
 
@@ -30,7 +31,8 @@ from typing import Any
 from step_contenders.workloads import WORKLOADS
 
 TRAINER = "tpuspec_trainer"
-CONTENDERS = (TRAINER, "traced_loop_capturable", "traced_loop", "jax_jit", "lightning_xla", "accelerate_xla")
+CONTENDERS = (TRAINER, "tpuspec_trainer_single", "traced_loop_capturable", "traced_loop", "jax_jit", "lightning_xla",
+              "accelerate_xla")
 WORKER = Path(__file__).parent / "step_contenders" / "worker.py"
 
 

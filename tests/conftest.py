@@ -11,6 +11,7 @@ from typing import Self
 
 # Before any test module: torch reads the one and torch_xla the other when they are first imported.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander")  # as tpuspec.runtime.select sets it
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
 import pytest

@@ -85,6 +85,8 @@ class TPUConfig:
       fsdp: whether parameters and optimizer state are split over 'data' too.
       initial_infeed_sleep_secs: seconds to wait before the first batch is drawn.
       host_call_every_n_steps: host_call runs in train on every n-th global step.
+      steps_per_execution: training steps that are compiled into one program, for steps so short that starting a
+        program costs more; 1 compiles fastest. Iterations_per_loop had better be a multiple of it.
 
     Raises:
       ConfigError: the first rule that is broken.
@@ -103,6 +105,7 @@ class TPUConfig:
     fsdp: bool = False
     initial_infeed_sleep_secs: int | None = None
     host_call_every_n_steps: int = 1
+    steps_per_execution: int = 1
 
     def __post_init__(self) -> None:
         self.per_host_input_for_training = _input_pipeline(self.per_host_input_for_training)
@@ -171,6 +174,8 @@ def validate_tpu_config(config: TPUConfig) -> None:
     every = config.host_call_every_n_steps
     if not _is_int(every) or every < 1:
         raise ConfigError(f"host_call_every_n_steps must be a positive int; got {every!r}.")
+    if not _is_int(config.steps_per_execution) or config.steps_per_execution < 1:
+        raise ConfigError(f"steps_per_execution must be a positive int; got {config.steps_per_execution!r}.")
 
 
 @dataclass

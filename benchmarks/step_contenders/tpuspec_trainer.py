@@ -1,5 +1,6 @@
 """The whole Trainer: its own input pipeline, the loss of every step brought to the host, summaries and progress.
 
+Where steps are so short that starting a program takes longer, several are one program (`steps_per_execution`).
 Checkpoints are off, as with the others. The first loop of each call, which holds the start of the input, is left out.
 """
 
@@ -16,7 +17,8 @@ NEEDS = ("torch_xla",)
 STEPS_PER_LOOP = 100
 
 
-def prepare(workload_name: str, *, num_replicas: int = 1) -> Callable[[int], float]:
+def prepare(workload_name: str, *, num_replicas: int = 1, steps_per_execution: int | None = None,
+            ) -> Callable[[int], float]:
     import torch_xla.core.xla_model as xm
 
     import tpuspec
@@ -48,7 +50,8 @@ def prepare(workload_name: str, *, num_replicas: int = 1) -> Callable[[int], flo
         model_dir=tempfile.mkdtemp(), train_batch_size=workload.batch_size,
         config=tpuspec.RunConfig(
             seed=0, show_progress=False, save_checkpoints_secs=None,
-            tpu_config=tpuspec.TPUConfig(iterations_per_loop=loop_length, num_shards=num_replicas)))
+            tpu_config=tpuspec.TPUConfig(iterations_per_loop=loop_length, num_shards=num_replicas,
+                                         steps_per_execution=steps_per_execution or workload.steps_per_execution)))
 
     def measure(num_steps: int) -> float:
         stopwatch, total = Stopwatch(), loop_length + num_steps

@@ -88,6 +88,7 @@ class Workload:
       features: shape of one row; () where a row is CONTEXT bytes.
       batch_size: rows of a batch.
       num_steps: steps of one measurement, unless the command line says otherwise.
+      steps_per_execution: as the Trainer is set for it.
     """
 
     build: Callable[[], nn.Module]
@@ -95,6 +96,7 @@ class Workload:
     features: tuple[int, ...]
     batch_size: int
     num_steps: int
+    steps_per_execution: int = 1
 
     def build_seeded(self) -> nn.Module:
         torch.manual_seed(SEED)
@@ -112,8 +114,10 @@ class Workload:
 
 
 WORKLOADS = {
-    "mlp": Workload(build=mlp, make_optimizer=sgd, features=(64,), batch_size=64, num_steps=1000),
-    "cnn": Workload(build=cnn, make_optimizer=adamw, features=(1, 8, 8), batch_size=64, num_steps=300),
+    "mlp": Workload(build=mlp, make_optimizer=sgd, features=(64,), batch_size=64, num_steps=1000,
+                    steps_per_execution=4),
+    "cnn": Workload(build=cnn, make_optimizer=adamw, features=(1, 8, 8), batch_size=64, num_steps=300,
+                    steps_per_execution=4),
     "gpt": Workload(build=GPT, make_optimizer=adamw, features=(), batch_size=8, num_steps=60),
     "convnet": Workload(build=convnet, make_optimizer=adamw, features=(3, 32, 32), batch_size=64, num_steps=6),
 }

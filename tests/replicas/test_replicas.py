@@ -118,6 +118,16 @@ def test_replay_has_the_bits_of_tracing(num_shards, tmp_path):
         assert torch.equal(tensor, on[0][name]), name
 
 
+def test_several_steps_in_one_program_have_the_bits_of_single_ones(tmp_path):
+    _, expected, alone = trained(4, tmp_path / "alone", capture="require")
+    trainer, records, together = trained(4, tmp_path / "together", capture="require", steps_per_execution=4)
+    assert trainer._sessions[True]._compiled[ModeKeys.TRAIN].num_at_once == 4
+    assert records == expected
+    for one, other in zip(alone, together, strict=True):
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+
+
 @pytest.mark.parametrize("deployment", ["PER_SHARD_V1", "PER_HOST_V1", "PER_HOST_V2"])
 def test_evaluation_and_prediction_are_exact_on_four_replicas(deployment, tmp_path):
     trainer = make(4, tmp_path, per_host_input_for_training=InputPipelineConfig[deployment])

@@ -82,7 +82,7 @@ class TiedText(nn.Module):
 
 
 def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None, steps=NUM_STEPS, config=None,
-        loop=10, hooks=(), **arguments):
+        loop=10, hooks=(), steps_per_execution=1, **arguments):
     """Trains a copy of a model; returns (losses, state dict, Trainer)."""
     torch.manual_seed(11)
     RECORDED.clear()
@@ -91,7 +91,8 @@ def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None,
         eval_batch_size=BATCH, predict_batch_size=BATCH,
         model_dir=tmp_path / f"{capture}{len(list(tmp_path.iterdir()))}",
         config=RunConfig(seed=5, show_progress=False, capture=capture, audit_every_steps=9, save_checkpoints_steps=None,
-                         save_checkpoints_secs=None, tpu_config=TPUConfig(iterations_per_loop=loop), **(config or {})),
+                         save_checkpoints_secs=None, tpu_config=TPUConfig(
+                             iterations_per_loop=loop, steps_per_execution=steps_per_execution), **(config or {})),
         **arguments)
     trainer.train(input_fn, steps=steps, hooks=list(hooks))
     session = trainer._sessions[True]

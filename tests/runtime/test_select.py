@@ -53,6 +53,19 @@ def test_a_client_that_runs_with_other_devices_is_a_device_error():
     assert "before the first XLA call" in done.stderr
 
 
+@pytest.mark.slow
+def test_several_steps_in_one_program_need_a_flag_of_xla_which_is_set_before_the_client_starts():
+    several = SELECT.replace("num_shards={num_shards}", "steps_per_execution=4")
+    several += "import os; print(os.environ['XLA_FLAGS'])"
+    done = run_python(several, PJRT_DEVICE="CPU", XLA_FLAGS="--xla_cpu_multi_thread_eigen=true")
+    assert done.returncode == 0, done.stderr
+    assert "--xla_cpu_multi_thread_eigen=true" in done.stdout
+    assert "--xla_disable_hlo_passes=cse_barrier_expander" in done.stdout
+    done = run_python("import torch_xla; torch_xla.device()" + several, PJRT_DEVICE="CPU", XLA_FLAGS=None)
+    assert "DeviceError: steps_per_execution came too late" in done.stderr
+    assert "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander" in done.stderr
+
+
 def test_without_torch_xla_the_error_says_what_to_install():
     hide = ("import importlib.util as u; real = u.find_spec\n"
             "u.find_spec = lambda name, *a: None if name == 'torch_xla' else real(name, *a)")

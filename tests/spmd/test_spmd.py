@@ -15,7 +15,7 @@ import torch_xla.debug.metrics as xla_metrics
 
 from tests.spmd import runs
 from tests.spmd.conftest import NUM_DEVICES, run_on_one_device
-from tpuspec import SessionRunHook
+from tpuspec import ModeKeys, SessionRunHook
 from tpuspec.errors import ConfigError, DeviceError, SpecError
 
 RULES = {"0.weight": ["model", None], "0.bias": ["model"], "3.weight": [None, "model"]}
@@ -125,6 +125,15 @@ def test_replay_has_the_bits_of_tracing(scenario, layout, tmp_path):
     replayed = runs.results(runs.make(scenario, tmp_path / "on", **settings))
     traced = runs.results(runs.make(scenario, tmp_path / "off", capture="off", **settings))
     assert replayed == traced
+
+
+@pytest.mark.parametrize("layout", ["both", "fsdp"])
+def test_several_steps_in_one_program_have_the_bits_of_single_ones(layout, tmp_path):
+    settings, _ = LAYOUTS[layout]
+    alone = runs.results(runs.make("adamw", tmp_path / "alone", **settings))
+    together = runs.make("adamw", tmp_path / "together", steps_per_execution=4, **settings)
+    assert runs.results(together) == alone
+    assert together._sessions[True]._compiled[ModeKeys.TRAIN].num_at_once == 4
 
 
 def first_layout(name="both"):

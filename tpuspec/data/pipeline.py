@@ -104,6 +104,7 @@ class InputPipeline:
             raise
         self._sleep_seconds = settings.config.tpu_config.initial_infeed_sleep_secs
         self._sleep = sleep
+        self._rows: StepRows | None = None
         self._started = False
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -131,7 +132,9 @@ class InputPipeline:
         mask = masks[0] if len(masks) == 1 else torch.cat(masks)
         # Only training goes on from a position.
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
-        return HostBatch(replicas=batches, rows=StepRows(mask=mask, num_rows=int(mask.sum())), position=position)
+        if self._rows is None or mask is not self._rows.mask:  # full batches share one
+            self._rows = StepRows(mask=mask, num_rows=int(mask.sum()))
+        return HostBatch(replicas=batches, rows=self._rows, position=position)
 
     def close(self) -> None:
         """Lets go of the input, also before its end: workers of a DataLoader end."""

@@ -126,7 +126,8 @@ class Preparation:
             rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
                                  tried=session.tried_metrics)
             step = session.compiled_step(
-                mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call))
+                mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call),
+                num_at_once=self._config.tpu_config.steps_per_execution if mode is ModeKeys.TRAIN else 1)
         except BaseException:
             batches.close()
             raise

@@ -148,10 +148,16 @@ class Session:
         if self._schedules is not None:
             self._schedules.step()
 
-    def compiled_step(self, mode: ModeKeys, step: StepFunction) -> CompiledStep:
+    def take_back_updates(self, step: int) -> None:
+        """Counts as before updates whose dispatch failed."""
+        self.global_step = step
+        if self._schedules is not None:
+            self._schedules.move_to(step)
+
+    def compiled_step(self, mode: ModeKeys, step: StepFunction, *, num_at_once: int = 1) -> CompiledStep:
         """Returns the step of a mode, made ready on first use: one Trainer has one step a mode."""
         if mode not in self._compiled:
-            self._compiled[mode] = self.backend.compile_step(step, self.replicas)
+            self._compiled[mode] = self.backend.compile_step(step, self.replicas, num_at_once=num_at_once)
         return self._compiled[mode]
 
     def drop_gradients(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +22,7 @@ from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import Session
-from tpuspec.spec.backend import CompiledStep
+from tpuspec.spec.backend import CompiledStep, RunsSeveral
 from tpuspec.spec.phase import mark_step
 from tpuspec.spec.results import StepOutput, StepRows
 
@@ -79,6 +81,12 @@ class TrainLoop:
     input_end: InputEnd = field(default_factory=InputEnd)
     clock: Callable[[], float] = field(default=time.perf_counter)
     _is_in_step: bool = field(default=False, init=False)
+    _ahead: deque[HostBatch] = field(default_factory=deque, init=False)
+    _input_error: Exception | None = field(default=None, init=False)
+    _several: RunsSeveral | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._several = self.step if isinstance(self.step, RunsSeveral) else None
 
     def run(self) -> bool:
         """Trains; returns whether the input ended before the last step."""
@@ -138,10 +146,15 @@ class TrainLoop:
     def _run_steps(self, num_steps: int) -> tuple[bool, list[StepOutput]]:
         """Dispatches up to `num_steps` updates; returns whether the input ended, and the last outputs."""
         outputs: list[StepOutput] = []
-        for _ in range(num_steps):
+        last_step = self.session.global_step + num_steps
+        while self.session.global_step < last_step:
             if self.hooks.context.stop_requested:  # by a signal; hooks ask at boundaries
                 self.input_end.end()  # the other hosts are within this loop too
                 return self.input_end.was_stopped, outputs
+            if self._several is not None and (
+                    batches := self._draw_several(self._several.num_at_once, last_step - self.session.global_step)):
+                outputs = self._run_several(self._several, batches)
+                continue
             update = self._run_update()
             if update is None:
                 self.input_end.end()  # a signal may have broken the draw off: the others must not wait for it
@@ -158,7 +171,7 @@ class TrainLoop:
         micro_steps: list[list[StepOutput]] = []
         num_rows, position = 0, self.session.input_position
         while not micro_steps or not micro_steps[-1][0].is_update:
-            batch = draw(self.batches, self.interruption, self.input_end)
+            batch = self._draw()
             if batch is None:
                 if micro_steps:
                     self.session.drop_gradients()
@@ -173,4 +186,53 @@ class TrainLoop:
             micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))
             position = batch.position
         self.session.input_position = position
-        return join_micro_steps(micro_steps), StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)
+        return join_micro_steps(micro_steps), _all_real(num_rows)
+
+    def _draw(self) -> HostBatch | None:
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._input_error is not None:
+            raise self._input_error
+        return self._draw_next()
+
+    def _draw_next(self) -> HostBatch | None:
+        return draw(self.batches, self.interruption, self.input_end)
+
+    def _draw_several(self, num_steps: int, num_left: int) -> list[HostBatch]:
+        """Draws the batches of a program of several steps; [] where the next steps run one at a time.
+
+        The steps before the end of the input, or before an error of it, do too.
+        """
+        if num_steps == 1 or num_steps > num_left or self._input_error is not None:
+            return []
+        while len(self._ahead) < num_steps:
+            try:
+                batch = self._draw_next()
+            except Exception as error:
+                self._input_error = error
+                return []
+            if batch is None:
+                return []
+            self._ahead.append(batch)
+        return [self._ahead.popleft() for _ in range(num_steps)]
+
+    def _run_several(self, step: RunsSeveral, batches: Sequence[HostBatch]) -> list[StepOutput]:
+        """Dispatches the updates of several batches as one program; returns the last outputs."""
+        first, self._is_in_step = self.session.global_step, True
+        try:
+            outputs = step.run_several(
+                step.feed_several([batch.replicas for batch in batches]), self.session.count_update)
+        except BaseException:
+            self.session.take_back_updates(first)
+            raise
+        self.session.input_position = batches[-1].position
+        self._is_in_step = False
+        self.saver.check()
+        for number, (batch, of_step) in enumerate(zip(batches, outputs, strict=True), start=first + 1):
+            self.drain.submit(number, of_step, _all_real(batch.rows.num_rows))
+        return outputs[-1]
+
+
+@functools.lru_cache
+def _all_real(num_rows: int) -> StepRows:
+    return StepRows(mask=torch.ones(num_rows, dtype=torch.bool), num_rows=num_rows)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
@@ -31,6 +30,7 @@ from tpuspec.runtime.recording import (
     record,
     undone_on_error,
 )
+from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
@@ -50,7 +50,7 @@ class _Program:
       graph: its hash.
       templates: for each replica the graph's inputs, with its constants in their places.
       slots, batch, rates: (place among the inputs, number of the slot, batch tensor or rate).
-      seed: places of the random seed.
+      seed: (place, number of the step in the program) of the random seeds.
       written: numbers of the slots that the first outputs are.
       dropped: numbers of the gradients that are gone afterwards.
       sources: (from the batch, number) of each tensor for the host.
@@ -64,7 +64,7 @@ class _Program:
     slots: list[tuple[int, int]]
     batch: list[tuple[int, int]]
     rates: list[tuple[int, int]]
-    seed: list[int]
+    seed: list[tuple[int, int]]
     written: list[int]
     dropped: list[int]
     sources: list[tuple[bool, int]]
@@ -131,6 +131,8 @@ class CapturedStep:
       name: of the step in messages.
       host_code: of the backend's host functions in all modes.
       fallback: runs a step that is traced for good; None records and launches each.
+      rates: learning rates that are inputs of the step.
+      num_steps: training steps that `step` makes.
 
     Attributes:
       kind: how the newest step ran, 'replay' or 'traced'.
@@ -138,13 +140,15 @@ class CapturedStep:
 
     def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
                  enter: Callable[[], Any], name: str, host_code: HostCode,
-                 fallback: Callable[..., list[StepOutput]] | None = None) -> None:
+                 fallback: Callable[..., list[StepOutput]] | None = None, rates: LearningRates | None = None,
+                 num_steps: int = 1) -> None:
         self.kind = "traced"
         self._step, self._replicas, self._name = step, tuple(replicas), name
-        self._mode, self._audit_every, self._enter, self._fallback = mode, audit_every, enter, fallback
+        self._mode, self._enter, self._fallback = mode, enter, fallback
+        self._num_steps, self._audit_every = num_steps, max(1, audit_every // num_steps)
         self._states = [_ReplicaState(replica) for replica in replicas]
         self._several = len(replicas) > 1
-        self._rates = LearningRates(replicas)
+        self._rates = rates or LearningRates(replicas)
         self._numbers: dict[Slot, int] = {}
         self._programs: dict[Hashable, _Program] = {}
         self._traces: dict[Hashable, Recording] = {}
@@ -166,7 +170,7 @@ class CapturedStep:
             return self._trace(batches, micro_step, None)
         if not self._in_flight:
             self._adopt()
-        key = (self._signature, micro_step, _form(batches[0]))
+        key = (self._signature, micro_step, form_of(batches[0]))
         program = self._programs.get(key)
         if program is None or (program.num_replays >= self._audit_every and micro_step == 0):
             self.publish()
@@ -174,6 +178,11 @@ class CapturedStep:
         program.num_replays += 1
         self.kind = "replay"
         return self._replay(program, batches)
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether every step is traced from now on."""
+        return self._gave_up
 
     def publish(self) -> None:
         """Makes the newest state readable in the modules and optimizers."""
@@ -248,9 +257,9 @@ class CapturedStep:
                 befores.append(before := Before(state.replica))
                 seed = graph.get_seed(state.device)
                 recording = record(state.replica, self._step, batch, micro_step, before=before, rates=self._rates,
-                                   host_code=self._host_code, watch=watch)
+                                   host_code=self._host_code, watch=watch, num_steps=self._num_steps)
                 compile_recording(recording, state.device)
-                graph.set_seed(graph.next_seed(seed), state.device)
+                graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
                 recordings.append(recording)
         self._knows_host_code = True
         if len({recording.graph for recording in recordings}) > 1:
@@ -282,7 +291,8 @@ class CapturedStep:
         told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
         if self._mode is CaptureMode.require:
             raise CaptureError(f"{told} Mend that, or set capture=auto to trace every step.")
-        logger.warning("%s Every step is traced instead, which is right but slower. capture=off asks for that.", told)
+        instead = "They run one at a time" if self._num_steps > 1 else "Every step is traced"
+        logger.warning("%s %s instead, which is right but slower. capture=off asks for that.", told, instead)
         self._gave_up = True
         self._programs.clear()
         self._traces.clear()
@@ -305,7 +315,7 @@ class CapturedStep:
         found = recording.notes or differences(program.recording, recording, self._replicas[0])
         if found:
             raise CaptureError(
-                f"{self._name} is no longer what was captured and replayed for {self._audit_every} steps: {found[0]}. "
+                f"{self._name} is no longer what was captured and replayed {self._audit_every} times: {found[0]}. "
                 "The steps since the last check used the captured form. Mend that, or set capture=off.")
 
     def _program(self, recordings: Sequence[Recording]) -> _Program:
@@ -325,7 +335,7 @@ class CapturedStep:
             graph=first.graph, templates=templates,
             slots=[(place, self._numbers[slot]) for place, slot in places.get("slot", [])],
             batch=places.get("batch", []), rates=places.get("rate", []),
-            seed=[place for place, _ in places.get("seed", [])],
+            seed=places.get("seed", []),
             written=[self._numbers[slot] for slot in first.written],
             dropped=[self._numbers[slot] for slot in first.dropped if slot in self._numbers],
             sources=[(source.kind == "batch", source.key) for source in first.sources],
@@ -344,9 +354,9 @@ class CapturedStep:
                 rates = self._rates.sent(state.replica)
                 for place, number in program.rates:
                     feed[place] = rates[number]
-            for place in program.seed:
-                feed[place] = graph.seed_value(state.seed, state.device)
-            state.seed = graph.next_seed(state.seed)
+            for place, number in program.seed:
+                feed[place] = graph.seed_value(graph.seed_after(state.seed, number), state.device)
+            state.seed = graph.seed_after(state.seed, self._num_steps)
             feeds.append(feed)
         for state, feed in zip(self._states, feeds, strict=True):
             if self._several:
@@ -374,15 +384,6 @@ class CapturedStep:
 def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     tensors = batch.tensors()
     return [tensors[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
-
-
-def _form(batch: Batch) -> Hashable:
-    """Returns nesting, shapes and dtypes of a batch."""
-    features, labels = batch.features, batch.labels
-    nesting: Hashable = None
-    if not (isinstance(features, Tensor) and (labels is None or isinstance(labels, Tensor))):
-        nesting = str(pytree.tree_structure((features, labels)))
-    return (nesting, *((tensor.shape, tensor.dtype) for tensor in batch.tensors()))
 
 
 def _told_change(old: Any, new: Any) -> str:

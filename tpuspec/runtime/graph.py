@@ -184,15 +184,32 @@ def publish(tensor: Tensor, value: Tensor) -> None:
     torch._functionalize_commit_update(tensor)
 
 
+def separate(tensors: Sequence[Tensor]) -> None:
+    """Keeps what is computed from pending tensors from being compiled into one with what computes them."""
+    _C._xla_optimization_barrier_(list(tensors))
+
+
 def next_seed(seed: int) -> int:
     """Returns the seed of the step after the one with `seed`, as torch_xla's step marker makes it."""
     return (_SEED_ADD + _SEED_FACTOR * seed) % _SEED_MODULUS
+
+
+def seed_after(seed: int, num_steps: int) -> int:
+    """Returns the seed so many steps after the one with `seed`."""
+    for _ in range(num_steps):
+        seed = next_seed(seed)
+    return seed
 
 
 def seed_value(seed: int, device: str) -> Tensor:
     """Returns a seed as the graph input of a device."""
     _C._xla_set_rng_seed(seed, device)
     return _C._get_base_seed_as_tensor(device)
+
+
+def read_seed(value: Tensor) -> int:
+    """Reads a seed that is a graph's input."""
+    return int(fetch([value])[0].item()) % _SEED_MODULUS
 
 
 def get_seed(device: str) -> int:

@@ -62,12 +62,15 @@ class LearningRates:
                 if is_scheduled(optimizer) and name in replica.optimizers
                 for group in replica.optimizers[name].param_groups]
 
+    def read(self) -> list[float]:
+        """Returns the learning rates of the next step, one a group."""
+        return [float(group["lr"]) for _, group in self.groups(self._first)]
+
     def sent(self, replica: Replica) -> list[Tensor]:
         """Returns the learning rates on a replica's device, one a group; sent anew where one changed."""
-        groups = self.groups(self._first)
-        if not groups:
+        rates = self.read()
+        if not rates:
             return []
-        rates = [float(group["lr"]) for _, group in groups]
         kept = self._sent.get(replica.ordinal)
         if kept is None or kept[0] != rates:
             kept = (rates, graph.send([torch.tensor(rate) for rate in rates], str(replica.device)))

@@ -111,8 +111,8 @@ class NativeBackend:
                     for batch in batches]
         return [batch.map(torch.clone) for batch in batches]
 
-    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
-        """Wraps the step; nothing is compiled."""
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
+        """Wraps the step; nothing is compiled, and steps run one at a time."""
         return EagerStep(backend=self, step=step, replicas=tuple(replicas), group=self._group)
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
     Attributes:
       kind: 'slot', 'batch', 'rate', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
-      key: the Slot; the number of the batch's tensor, rate, constant or output.
+      key: the Slot; the number of the batch's tensor, rate, step's seed, constant or output.
     """
 
     kind: str
@@ -125,7 +125,7 @@ def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
 
 
 def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
-           rates: LearningRates, host_code: HostCode, watch: bool) -> Recording:
+           rates: LearningRates, host_code: HostCode, watch: bool, num_steps: int = 1) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
     Args:
@@ -137,9 +137,11 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       rates: learning rates that are inputs of the graph.
       host_code: of the host functions; this step's are added.
       watch: whether to look for what could not be replayed.
+      num_steps: training steps that `step` makes, each with a seed of its own.
     """
     device = str(replica.device)
-    graph.set_seed(graph.get_seed(device), device)  # drops what an unfinished trace has drawn
+    seed = graph.get_seed(device)
+    graph.set_seed(seed, device)  # drops what an unfinished trace has drawn
     sent = rates.sent(replica)
     arguments = batch.tensors()
     sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
@@ -168,12 +170,13 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
             recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
-    _wire(recording, before, arguments, sources, device, watch=watch)
+    _wire(recording, before, arguments, sources, [graph.seed_after(seed, i) for i in range(num_steps)], device,
+          watch=watch)
     return recording
 
 
 def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources: Mapping[int, Source],
-          device: str, *, watch: bool) -> None:
+          seeds: Sequence[int], device: str, *, watch: bool) -> None:
     after = recording.slots
     recording.created = [slot for slot in after if slot not in before.slots]
     recording.dropped = [slot for slot in before.slots if slot not in after]
@@ -186,7 +189,6 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
                 continue
             graph.publish(tensor, graph.inner(graph.computed(tensor)))
         recording.written.append(slot)
-    recording.written = _as_donated(recording.written, after, by_number, sources)
     recording.roots = [after[slot] for slot in recording.written]
     places: dict[int, int] = {}
     waiting = graph.pending(recording.tensors)
@@ -204,10 +206,14 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         recording.sources.append(Source("graph", place))
     _keep_hidden(recording, before, device, watch=watch)
     graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
-    for found in graph.graph_inputs(recording.roots) if recording.roots else []:
+
+    def known(found: graph.GraphInput) -> Source | None:
+        if found.tensor_id == graph.seed_id():
+            return Source("seed", seeds.index(graph.read_seed(found.value)))
         # By the buffer where a tensor was read through another one that shares it.
-        source = Source("seed") if found.tensor_id == graph.seed_id() else (
-            by_number.get(found.tensor_id) or sources.get(found.handle))
+        return by_number.get(found.tensor_id) or sources.get(found.handle)
+
+    for found, source in _find_inputs(recording, known):
         if source is None:
             source = Source("constant", len(recording.constants))
             recording.constants.append(found.value)
@@ -217,24 +223,27 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
         recording.numbers = graph.fetch(recording.constants)
 
 
-def _as_donated(written: list[Slot], after: Mapping[Slot, Tensor], by_number: Mapping[int, Source],
-                sources: Mapping[int, Source]) -> list[Slot]:
-    """Orders the slots that a graph writes as their old values stand among its inputs.
+def _find_inputs(recording: Recording, known: Callable[[graph.GraphInput], Source | None],
+                 ) -> list[tuple[graph.GraphInput, Source | None]]:
+    """Returns the graph's inputs with their sources, and puts the slots that it writes into the inputs' order.
 
     XLA gives donated buffers to outputs of their size, both in their order: where the orders differ, a slot is written
-    to another one's buffer, and all are copied before. The order of the inputs depends on that of the outputs.
+    to another one's buffer, and both are copied before. The order of the inputs depends on that of the outputs.
     """
+    if not recording.roots:
+        return []
+    inputs = graph.graph_inputs(recording.roots)
+    # By their buffers from here on: under SPMD an input that was asked for once is named by another tensor.
+    sources = {found.handle: known(found) for found in inputs}
     for _ in range(_MAX_ORDERS):
-        places: dict[Slot, int] = {}
-        for place, found in enumerate(graph.graph_inputs([after[slot] for slot in written])):
-            source = by_number.get(found.tensor_id) or sources.get(found.handle)
-            if source is not None and source.kind == "slot":
-                places[source.key] = place
-        ordered = sorted(written, key=lambda slot: places.get(slot, math.inf))
-        if ordered == written:
+        places = {sources[found.handle]: place for place, found in enumerate(inputs)}
+        order = sorted(recording.written, key=lambda slot: places.get(Source("slot", slot), math.inf))
+        if order == recording.written:
             break
-        written = ordered
-    return written
+        recording.written = order
+        recording.roots[:len(order)] = [recording.slots[slot] for slot in order]
+        inputs = graph.graph_inputs(recording.roots)
+    return [(found, sources[found.handle]) for found in inputs]
 
 
 def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:

@@ -9,6 +9,7 @@ import sys
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.compile_cache import initialize_compile_cache
+from tpuspec.runtime.environment import KEEP_BARRIERS
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.runtime.topology import wanted_devices
 from tpuspec.spec.backend import Backend
@@ -45,8 +46,10 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     platform, reason = choose_platform()
     wanted = wanted_devices(config.tpu_config)
-    if platform == "CPU" and wanted is not None:
-        _make_cpu_devices(wanted)
+    if platform == "CPU" and not _is_started():
+        _keep_barriers()
+        if wanted is not None:
+            _make_cpu_devices(wanted)
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
     if config.tpu_config.is_spmd:
         from tpuspec.runtime.xla_spmd import XlaSpmd
@@ -69,11 +72,21 @@ def may_span_hosts(config: RunConfig, *, use_tpu: bool) -> bool:
     return use_tpu and importlib.util.find_spec("torch_xla") is not None and choose_platform()[0] != "CPU"
 
 
-def _make_cpu_devices(num_devices: int) -> None:
-    """Asks the XLA client of this process, if it has not started, for that many CPU devices."""
+def _is_started() -> bool:
     torch_xla = sys.modules.get("torch_xla")
-    started = torch_xla is not None and torch_xla._XLAC._xla_runtime_is_initialized()
-    if num_devices > 1 and not started:
+    return torch_xla is not None and torch_xla._XLAC._xla_runtime_is_initialized()
+
+
+def _keep_barriers() -> None:
+    """Asks XLA:CPU to keep optimization barriers, between the steps of a program, until its operations are fused."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if KEEP_BARRIERS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}".strip()
+
+
+def _make_cpu_devices(num_devices: int) -> None:
+    """Asks the XLA client of this process, which has not started, for that many CPU devices."""
+    if num_devices > 1:
         os.environ.setdefault("CPU_NUM_DEVICES", str(num_devices))
         # Each device's part of a collective waits in a thread of its own: a pool as small as the machine would hang.
         for name, threads in {"XLA_THREAD_POOL_SIZE": 64, "NPROC": 32, "PJRT_NPROC": 32}.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,17 +17,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tpuspec.config import CaptureMode, RunConfig
-from tpuspec.errors import ConfigError
+from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.precision import reduction_dtype
 from tpuspec.runtime import graph
 from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.capture import CapturedStep
 from tpuspec.runtime.client import start_client
+from tpuspec.runtime.environment import KEEP_BARRIERS
 from tpuspec.runtime.learning_rates import LearningRates, make_capturable
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.pod import Pod
 from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.same_start import start_from_chief
+from tpuspec.runtime.sent_batch import SentBatch
+from tpuspec.runtime.several_steps import RatesOfSteps, SeveralSteps, StepsInOne
 from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.runtime.xla_pod import find_pod
@@ -60,7 +65,7 @@ class XlaReplicas:
         self._names = tuple(str(device) for device in devices)
         self._capture, self._audit_every = capture, audit_every_steps
         self._groups = groups
-        self._newest: CapturedStep | None = None
+        self._newest: CapturedStep | SeveralSteps | None = None
         self._host_code = HostCode()
         self._pod = pod
         self.coordinator: Coordinator = Alone() if pod is None else pod.coordinator
@@ -83,6 +88,10 @@ class XlaReplicas:
           ConfigError: num_shards or num_cores_per_replica do not fit the devices.
         """
         client = start_client(platform, spmd=False)
+        if config.tpu_config.steps_per_execution > 1 and client.num_hosts > 1:
+            raise ConfigError(f"steps_per_execution is for one host; this pod has {client.num_hosts}, which agree on "
+                              "each batch. Set it to 1.")
+        _check_barriers(config, client.hardware)
         hardware, num_devices, num_hosts = client.hardware, client.num_devices, client.num_hosts
         shards, is_cpu = config.tpu_config.num_shards, client.hardware == "CPU"
         if is_cpu and shards is not None:
@@ -149,7 +158,17 @@ class XlaReplicas:
         return [SentBatch(batch, graph.send(batch.tensors(), device))  # type: ignore[misc]  # a Batch in all but name
                 for batch, device in zip(batches, self._names, strict=True)]
 
-    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
+    def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+        """Sends each replica's tensors of several steps in one call."""
+        fed: list[list[Batch]] = [[] for _ in batches]
+        for device, parts in zip(self._names, zip(*batches, strict=True), strict=True):
+            tensors = [part.tensors() for part in parts]
+            sent = iter(graph.send(list(itertools.chain.from_iterable(tensors)), device))
+            for of_step, part, own in zip(fed, parts, tensors, strict=True):
+                of_step.append(SentBatch(part, list(itertools.islice(sent, len(own)))))  # type: ignore[arg-type]
+        return fed
+
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> NewestStep:
         """Makes a step that is traced, compiled and, unless capture is off, replayed when it is called."""
         for replica in replicas:
             for optimizer in replica.optimizers.values():
@@ -157,12 +176,21 @@ class XlaReplicas:
         alone = self.topology.num_replicas == 1
         if self._pod is not None:
             step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
-        captured = _Newest(self, CapturedStep(
+        captured = CapturedStep(
             step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name="the step",
             host_code=self._host_code,
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
-                                rates=LearningRates(replicas)) if alone else None))
-        return captured if self._pod is None else only_on_chief(captured, self.topology)
+                                rates=LearningRates(replicas)) if alone else None)
+        if self._pod is not None:
+            return NewestStep(self, captured, only_on_chief(captured, self.topology))
+        if num_at_once == 1 or self._capture is CaptureMode.off:
+            return NewestStep(self, captured)
+        rates = RatesOfSteps(replicas)
+        together = CapturedStep(
+            StepsInOne(step=step, rates=rates), replicas, mode=self._capture, audit_every=self._audit_every,
+            enter=self._in_step, name=f"a program of {num_at_once} steps", host_code=self._host_code, rates=rates,
+            num_steps=num_at_once)
+        return NewestStep(self, SeveralSteps(captured, together, rates, num_at_once))
 
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
@@ -234,48 +262,46 @@ class XlaReplicas:
         return torch.cat([parts[place] for place in self._pod.order])
 
 
-class SentBatch:
-    """A batch on the device: its tensors flat, as a replay takes them, and nested, as model_fn does."""
+def _check_barriers(config: RunConfig, hardware: str) -> None:
+    if (config.tpu_config.steps_per_execution > 1 and hardware == "CPU"
+            and KEEP_BARRIERS not in os.environ.get("XLA_FLAGS", "")):
+        raise DeviceError(
+            f"steps_per_execution came too late: the XLA client of this process already runs without {KEEP_BARRIERS}, "
+            "and would fuse a step with the next one, which changes its last bits. Make the Trainer before the first "
+            f"XLA call of the process, or set XLA_FLAGS={KEEP_BARRIERS}.")
 
-    __slots__ = ("_nested", "_sent", "_source")
 
-    def __init__(self, source: Batch, sent: list[Tensor]) -> None:
-        self._source, self._sent = source, sent
-        self._nested: Batch | None = None
+class NewestStep:
+    """A step that tells its backend how it ran; see `spec.backend.CompiledStep` and `RunsSeveral`.
 
-    def tensors(self) -> list[Tensor]:
-        return self._sent
+    Args:
+      backend: is told.
+      step: tells how it ran.
+      entry: dispatches it, where that is not the step itself.
+    """
+
+    def __init__(self, backend: XlaReplicas, step: CapturedStep | SeveralSteps, entry: CompiledStep | None = None,
+                 ) -> None:
+        self._backend, self._step, self._entry = backend, step, entry or step
 
     @property
-    def features(self) -> Any:
-        return self._nest().features
-
-    @property
-    def labels(self) -> Any:
-        return self._nest().labels
-
-    def map(self, fn: Callable[[Tensor], Any]) -> Batch:
-        return self._nest().map(fn)
-
-    def _nest(self) -> Batch:
-        if self._nested is None:
-            sent = iter(self._sent)
-            self._nested = self._source.map(lambda _: next(sent))
-        return self._nested
-
-
-class _Newest:
-    """A step that tells its backend how it ran."""
-
-    def __init__(self, backend: XlaReplicas, step: CapturedStep) -> None:
-        self._backend, self._step = backend, step
+    def num_at_once(self) -> int:
+        return self._step.num_at_once if isinstance(self._step, SeveralSteps) else 1
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         self._backend._newest = self._step
-        return self._step(batches, micro_step)
+        return self._entry(batches, micro_step)
+
+    def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+        return self._backend.feed_several(batches)
+
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+        assert isinstance(self._step, SeveralSteps)
+        self._backend._newest = self._step
+        return self._step.run_several(batches, after_each)
 
     def publish(self) -> None:
-        self._step.publish()
+        self._entry.publish()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,10 @@ from tpuspec.runtime.client import start_client
 from tpuspec.runtime.layout import MeshLayout
 from tpuspec.runtime.placement import move_module
 from tpuspec.runtime.recording import flat_tensors, rebuild
+from tpuspec.runtime.sent_batch import SentBatch
 from tpuspec.runtime.sharding_rules import shard_parameters
 from tpuspec.runtime.topology import mesh_axes
-from tpuspec.runtime.xla_replicas import SentBatch, XlaReplicas
+from tpuspec.runtime.xla_replicas import NewestStep, XlaReplicas
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import GradientReducer, reduce_with
@@ -121,10 +122,11 @@ class XlaSpmd:
         sent = self._layout.send(batch, str(torch_xla.device()))
         return [SentBatch(batch, sent)]  # type: ignore[list-item]  # a Batch in all but name
 
-    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
         """Makes a step that keeps the layout of its state and whose outputs are whole on every device."""
         laid_out = _LaidOutStep(step=step, layout=self._layout, reducer=self)
-        return _SettledStep(self._device.compile_step(laid_out, replicas), self._layout, replicas[0])
+        step_of_device = self._device.compile_step(laid_out, replicas, num_at_once=num_at_once)
+        return _SettledStep(step_of_device, self._layout, replicas[0], self.feed)
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
         """Traces `fn`; nothing is compiled, and buffers and random state are put back."""
@@ -174,15 +176,31 @@ class _LaidOutStep:
 class _SettledStep:
     """A compiled step before which the state is put where it belongs, as far as it was read or written outside."""
 
-    def __init__(self, step: CompiledStep, layout: MeshLayout, replica: Replica) -> None:
+    def __init__(self, step: NewestStep, layout: MeshLayout, replica: Replica,
+                 feed: Callable[[Sequence[Batch]], list[Batch]]) -> None:
+        self._feed = feed
         self._step, self._layout, self._replica = step, layout, replica
         self._is_settled = False
 
+    @property
+    def num_at_once(self) -> int:
+        return self._step.num_at_once
+
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
+        self._settle()
+        return self._step(batches, micro_step)
+
+    def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+        return [self._feed(of_step) for of_step in batches]
+
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+        self._settle()
+        return self._step.run_several(batches, after_each)
+
+    def _settle(self) -> None:
         if not self._is_settled:
             self._layout.settle(self._replica)
             self._is_settled = True
-        return self._step(batches, micro_step)
 
     def publish(self) -> None:
         self._step.publish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,32 @@ class CompiledStep(Protocol):
         ...
 
 
+@runtime_checkable
+class RunsSeveral(Protocol):
+    """A compiled step of which several may run as one program."""
+
+    @property
+    def num_at_once(self) -> int:
+        """Steps that `run_several` takes now; 1 where they run one at a time."""
+        ...
+
+    def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+        """As `Backend.feed`, for each of several steps."""
+        ...
+
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+        """Dispatches `num_at_once` steps as one program; does not wait for it.
+
+        Args:
+          batches: for each step the device batches, one a local replica.
+          after_each: called once a step, behind the reading of its learning rates: it sets those of the next one.
+
+        Returns:
+          For each step the outputs, one a local replica.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A device runtime.
 
@@ -146,8 +172,14 @@ class Backend(Protocol):
         """Sends host batches, one a local replica, to the devices."""
         ...
 
-    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
-        """Makes a step ready to run; tracing and compiling may wait until it is called."""
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
+        """Makes a step ready to run; tracing and compiling may wait until it is called.
+
+        Args:
+          step: the step of one replica.
+          replicas: the local replicas.
+          num_at_once: training steps that may be one program, of a step that then is `RunsSeveral`.
+        """
         ...
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:

@@ -64,7 +64,7 @@ class FakeBackend(NativeBackend):
         self.fed.append(list(batches))
         return [batch.map(torch.clone) for batch in batches]
 
-    def compile_step(self, step: StepFunction, replicas: Sequence[Replica]) -> CompiledStep:
+    def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
         return _FakeStep(backend=self, step=step, replicas=tuple(replicas))
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:

@@ -1,0 +1,237 @@
+"""Several steps in one program: bit-equal to one at a time, and nothing is lost where the input or the run ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from tests.runtime.test_capture import (
+    BATCH,
+    RECORDED,
+    TiedText,
+    adamw,
+    assert_same,
+    batches,
+    classify,
+    conv_net,
+    gan,
+    gan_model,
+    images,
+    kind,
+    rows,
+    run,
+    sgd,
+    text,
+)
+from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, Trainer
+from tpuspec.errors import CaptureError, ConfigError, NonFiniteLossError
+from tpuspec.runtime.several_steps import SeveralSteps
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Notes how many steps each program had."""
+    noted: list[int] = []
+    one, several = SeveralSteps.__call__, SeveralSteps.run_several
+
+    def note_one(self, batches, micro_step=0):
+        noted.append(1)
+        return one(self, batches, micro_step)
+
+    def note_several(self, batches, after_each):
+        noted.append(len(batches))
+        return several(self, batches, after_each)
+
+    monkeypatch.setattr(SeveralSteps, "__call__", note_one)
+    monkeypatch.setattr(SeveralSteps, "run_several", note_several)
+    return noted
+
+
+def gan_optimizers(model, params):
+    return {"critic": torch.optim.Adam(model["critic"].parameters(), lr=1e-2),
+            "generator": torch.optim.SGD(model["generator"].parameters(), lr=1e-2, momentum=0.9)}
+
+
+def cosine(optimizer, params):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+
+
+PARITY = {
+    "conv, BatchNorm, dropout, AdamW": (classify, conv_net, adamw, images, {}),
+    "text, tied and frozen weights, dropout, clipping, schedule": (
+        classify, TiedText, adamw, text, {"params": {"minimize": {"clip_grad_norm": 0.5}}, "scheduler": cosine}),
+    "SGD with momentum and schedule": (classify, lambda: nn.Linear(4, 3), sgd, rows, {"scheduler": cosine}),
+    "two optimizers and noise": (gan, gan_model, gan_optimizers, rows, {}),
+}
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_several_steps_in_one_program_have_the_bits_of_single_ones(case, sizes, tmp_path):
+    model_fn, make_model, optimizer, make_batch, arguments = PARITY[case]
+    torch.manual_seed(0)
+    model = make_model()
+    alone = run("require", model_fn, model, optimizer, batches(make_batch), tmp_path, **arguments)
+    together = run("require", model_fn, model, optimizer, batches(make_batch), tmp_path, steps_per_execution=4,
+                   **arguments)
+    assert kind(together[2]) == "replay"
+    # Of each loop of 10 steps two programs of 4, once the first steps are captured; every 9th step or so is an audit.
+    assert sizes.count(4) >= 8
+    assert sum(sizes) == 50
+    assert_same(alone, together)
+
+
+def test_the_last_steps_of_the_input_run_one_at_a_time(sizes, tmp_path):
+    def input_fn(params):
+        return itertools.islice(batches(rows)(params), 23)
+
+    model = nn.Linear(4, 3)
+    alone = run("auto", classify, model, sgd, input_fn, tmp_path, steps=99, loop=100)
+    together = run("auto", classify, model, sgd, input_fn, tmp_path, steps=99, loop=100, steps_per_execution=5)
+    assert sum(sizes) == len(together[0]) == 23
+    assert sizes[-1] == 1
+    assert 5 in sizes
+    assert_same(alone, together)
+
+
+def test_the_steps_before_an_error_of_the_input_are_made(sizes, tmp_path):
+    def input_fn(params):
+        yield from itertools.islice(batches(rows)(params), 22)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run("auto", classify, nn.Linear(4, 3), sgd, input_fn, tmp_path, loop=100, steps_per_execution=5)
+    assert sum(sizes) == len(RECORDED) == 22
+    assert 5 in sizes
+
+
+def test_a_resumed_run_stands_behind_the_last_step_of_a_program(sizes, tmp_path):
+    def input_fn(params):
+        generator = torch.Generator().manual_seed(1)
+        return torch.utils.data.TensorDataset(torch.randn(80, 4, generator=generator),
+                                              torch.randint(0, 3, (80,), generator=generator))
+
+    def make(folder, num_steps):
+        torch.manual_seed(0)
+        return Trainer(classify, model=nn.Linear(4, 3), optimizer=sgd, scheduler=cosine, train_batch_size=BATCH,
+                          eval_batch_size=BATCH, model_dir=tmp_path / folder, config=RunConfig(
+                              seed=5, show_progress=False, save_checkpoints_steps=20, tpu_config=TPUConfig(
+                                  iterations_per_loop=20, steps_per_execution=num_steps)))
+
+    one = make("one", 1)
+    one.train(input_fn, steps=60)
+    make("several", 4).train(input_fn, steps=40)
+    several = make("several", 4)
+    several.train(input_fn, steps=20)
+    assert 4 in sizes
+    for name, value in one._sessions[True].model_state().items():
+        assert torch.equal(value, several._sessions[True].model_state()[name]), name
+
+
+def test_a_loss_that_is_not_finite_is_found_at_its_step(sizes, tmp_path):
+    def input_fn(params):
+        for number, (features, labels) in enumerate(itertools.islice(batches(rows)(params), 60)):
+            yield (features * float("nan") if number == 37 else features), labels
+
+    with pytest.raises(NonFiniteLossError, match="step 38"):
+        run("auto", classify, nn.Linear(4, 3), sgd, input_fn, tmp_path, loop=20, steps_per_execution=4)
+    assert 4 in sizes
+
+
+def test_accumulated_gradients_run_one_at_a_time_and_say_so(sizes, tmp_path, caplog):
+    params = {"minimize": {"accumulate_steps": 2}}
+    model = nn.Linear(4, 3)
+    alone = run("auto", classify, model, sgd, batches(rows), tmp_path, params=params, steps=20)
+    together = run("auto", classify, model, sgd, batches(rows), tmp_path, params=params, steps=20,
+                   steps_per_execution=4)
+    assert set(sizes) == {1}
+    assert caplog.text.count("steps_per_execution=4 has no effect on a step that accumulates gradients") == 1
+    assert_same(alone, together)
+
+
+COUNTER = {"calls": 0}
+
+
+def counting(features, labels, mode, params, model, optimizer):
+    COUNTER["calls"] += 1
+    return classify(features * (2.0 if COUNTER["calls"] % 3 == 0 else 1.0), labels, mode, params, model, optimizer)
+
+
+@pytest.mark.parametrize("capture", ["off", "auto"])
+def test_a_step_that_is_traced_runs_one_at_a_time(capture, sizes, tmp_path):
+    model = nn.Linear(4, 3)
+    COUNTER["calls"] = 0
+    alone = run("off", counting, model, sgd, batches(rows), tmp_path, steps=30)
+    COUNTER["calls"] = 0
+    together = run(capture, counting, model, sgd, batches(rows), tmp_path, steps=30, steps_per_execution=4)
+    assert set(sizes) <= {1}
+    assert kind(together[2]) == "traced"
+    assert_same(alone, together)
+
+
+def test_hooks_run_between_loops_and_summaries_have_every_step(sizes, tmp_path):
+    seen = []
+
+    class Note(SessionRunHook):
+        def after_run(self, context):
+            seen.append(context.step)
+
+    run("auto", classify, nn.Linear(4, 3), sgd, batches(rows), tmp_path, loop=12, steps=36, steps_per_execution=4,
+        hooks=[Note()], config={"save_summary_steps": 1})
+    assert seen == [12, 24, 36]
+    assert 4 in sizes
+    (folder,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["name"] == "loss"] == list(range(1, 37))
+
+
+def test_a_program_that_changed_is_found_by_an_audit(sizes, tmp_path):
+    """What model_fn looks up by name in another module is not seen beforehand: only tracing again shows the change."""
+    module = types.ModuleType("sly")
+    module.scale = 1.0
+
+    def model_fn(features, labels, mode, params, model, optimizer):
+        return classify(features * sys.modules["sly"].scale, labels, mode, params, model, optimizer)
+
+    class Change(SessionRunHook):
+        def after_run(self, context):
+            module.scale = 2.0 if context.step >= 24 else 1.0
+
+    sys.modules["sly"] = module
+    try:
+        with pytest.raises(CaptureError, match="a program of 4 steps is no longer what was captured"):
+            run("auto", model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, loop=8, steps=80,
+                steps_per_execution=4, hooks=[Change()])
+    finally:
+        del sys.modules["sly"]
+    assert 4 in sizes
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"])
+def test_a_number_of_steps_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="steps_per_execution must be a positive int"):
+        TPUConfig(steps_per_execution=value)
+
+
+def test_evaluation_and_prediction_go_on_as_before(tmp_path):
+    def input_fn(params, mode):
+        if mode == ModeKeys.TRAIN:
+            return batches(images)(params)
+        generator = torch.Generator().manual_seed(4)
+        x = torch.randn(45, 1, 8, 8, generator=generator)
+        return torch.utils.data.TensorDataset(x, torch.randint(0, 10, (45,), generator=generator))
+
+    torch.manual_seed(0)
+    model = conv_net()
+    one, several = (run("require", classify, model, adamw, input_fn, tmp_path, steps=20, steps_per_execution=number)[2]
+                    for number in (1, 4))
+    assert one.evaluate(input_fn) == several.evaluate(input_fn)
+    one.train(input_fn, steps=20)
+    several.train(input_fn, steps=20)
+    for name, value in one._sessions[True].model_state().items():
+        assert torch.equal(value, several._sessions[True].model_state()[name]), name
