@@ -9,7 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
@@ -51,6 +51,7 @@ from tpuspec.summary.progress import Progress
 from tpuspec.summary.writer import SummaryWriter
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Trainer(ReadsVariables):
@@ -142,6 +143,12 @@ class Trainer(ReadsVariables):
         live = 0 if session is None else session.global_step
         return live if path is None else max(live, self._store.read_step(path))
 
+    def agree(self, value: T) -> T:
+        """Returns the chief's value (JSON or tensors) on every host, where several compute together; all call it."""
+        if not may_span_hosts(self._config, use_tpu=self._use_tpu):
+            return value
+        return self._session(self._use_tpu).backend.coordinator.share(value)
+
     @watched
     def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
               steps: int | None = None, max_steps: int | None = None,
@@ -170,7 +177,7 @@ class Trainer(ReadsVariables):
             raise ConfigError("Trainer.train is not for a process with task_type='evaluator', which only evaluates; "
                               "use train_and_evaluate there, or task_type='worker'.")
         arguments.check_length(steps, max_steps)
-        newest_step = self._agreed_step()
+        newest_step = self.agree(self.global_step())
         if max_steps is not None and newest_step >= max_steps:
             arguments.check_int("Train max_steps", max_steps)
             self._progress.message(f"training is complete: global step {newest_step} of {max_steps}.")
@@ -373,13 +380,6 @@ class Trainer(ReadsVariables):
                 self._seed = backend.coordinator.share(self._seed)
             self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
         return self._sessions[on_xla]
-
-    def _agreed_step(self) -> int:
-        """Returns the global step as the chief of all hosts sees it."""
-        if not may_span_hosts(self._config, use_tpu=self._use_tpu):
-            return self.global_step()
-        coordinator = self._session(self._use_tpu).backend.coordinator
-        return coordinator.share(self.global_step())
 
     def _writer(self, session: Session, folder: str, after_step: int | None = None) -> SummaryWriter:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""

@@ -115,6 +115,10 @@ def optimizer(model, params):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def serving_input_fn():
+    return tpuspec.ServingInputReceiver(torch.zeros(1, 6))
+
+
 steps_seen = 0
 
 
@@ -188,6 +192,15 @@ def run(job: str, out: Path, **given: str) -> None:
         if part == "resume":
             made = trainer(Path(made.model_dir))
             made.train(input_fn, max_steps=50)
+        if part == "export":
+            result["exports"] = [made.export(out / f"export{host}", serving_input_fn, **({} if newest else {
+                "checkpoint_path": made.latest_checkpoint() or "the chief's"})) for newest in (True, False)]
+        if part == "train_and_evaluate":
+            exporter = tpuspec.LatestExporter("latest", serving_input_fn)
+            metrics, exports = tpuspec.train_and_evaluate(
+                made, tpuspec.TrainSpec(input_fn, max_steps=int(options["steps"])),
+                tpuspec.EvalSpec(input_fn, steps=None, exporters=exporter, throttle_secs=600 * host))
+            result["metrics"], result["exports"] = {key: float(value) for key, value in metrics.items()}, exports
         if part == "evaluate":
             notes["evaluations"].append({key: float(value) for key, value in made.evaluate(input_fn).items()})
         if part == "predict":

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.store import CheckpointStore
@@ -20,6 +20,8 @@ from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import EvalResult
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EXPORT_FOLDER = "export"
 
@@ -40,6 +42,8 @@ class Trains(Exports, Protocol):
     def is_chief(self) -> bool: ...
 
     def global_step(self) -> int: ...
+
+    def agree(self, value: T) -> T: ...
 
     def latest_checkpoint(self) -> str | None: ...
 
@@ -194,7 +198,8 @@ class EvaluateCheckpoints(CheckpointSaverListener):
         Raises:
           CheckpointError: it is not there.
         """
-        if global_step != self._first_step and self._clock() >= self._evaluated_at + self._throttle_secs:
+        is_time = self._trainer.agree(self._clock() >= self._evaluated_at + self._throttle_secs)
+        if global_step != self._first_step and is_time:
             self._evaluate(global_step)
 
     def end(self, global_step: int) -> None:
