@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from tpuspec.config import TPUConfig
 from tpuspec.errors import ConfigError
+from tpuspec.mesh import check_batch_partitioner
 from tpuspec.runtime.topology import mesh_axes, wanted_devices
 
 MESH = {"data": 2, "model": 2}
@@ -35,6 +36,28 @@ MESH = {"data": 2, "model": 2}
 def test_a_setting_that_breaks_a_rule_is_told(settings, match):
     with pytest.raises(ConfigError, match=match):
         TPUConfig(**settings)
+
+
+def test_an_axis_of_size_1_splits_nothing_and_is_no_reason_to_refuse():
+    TPUConfig(mesh={"a": 2, "b": 2, "c": 1}, sharding={"w": [["a", "b"], "c"], "v": [["a", "c"], "b"]})
+
+
+THREE = {"data": 2, "rows": 2, "columns": 2}
+
+
+@pytest.mark.parametrize(("dims", "axes"), [
+    ([1, 4], THREE), ([2, 2], THREE), ([1, 1, 4], THREE), ([2, 1, 2], THREE), ([4, 2], {"a": 2, "b": 2, "c": 2}),
+    ([2, 4], {"a": 4, "b": 2})])
+def test_a_batch_with_a_dim_over_several_axes_and_another_that_is_split_is_refused(dims, axes):
+    with pytest.raises(ConfigError, match=r"splits one dimension of a tensor over several axes.*Give the cores"):
+        check_batch_partitioner(dims, axes)
+
+
+@pytest.mark.parametrize(("dims", "axes"), [
+    ([4, 1], THREE), ([1, 2, 2], THREE), ([1, 4], {"data": 1, "a": 2, "b": 2}), ([2, 2], {"data": 2, "model": 4}),
+    ([1, 4], {"data": 2, "model": 4, "one": 1}), ([2, 2, 2], {"a": 2, "b": 2, "c": 2})])
+def test_a_batch_along_one_dim_or_with_an_axis_a_dim_is_not(dims, axes):
+    check_batch_partitioner(dims, axes)
 
 
 @pytest.mark.parametrize(("settings", "num_devices", "axes", "wanted"), [

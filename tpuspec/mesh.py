@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpuspec.errors import ConfigError
@@ -135,10 +137,61 @@ def parse_rule(pattern: object, dims: object, axes: Mapping[str, int]) -> Partit
             raise ConfigError(f"sharding[{pattern!r}] names the axis {name!r}; the mesh has {', '.join(axes)}.")
         if used.count(name) > 1:
             raise ConfigError(f"sharding[{pattern!r}] names the axis {name!r} twice; an axis can split one dimension.")
-    if any(len(names) > 1 for names in parsed) and sum(map(bool, parsed)) > 1:
-        raise ConfigError(f"sharding[{pattern!r}] splits one dimension over several axes and another one too; XLA's "
-                          "partitioner was found to put gradients of such a parameter in wrong places. Split one.")
+    check_partitioner(pattern, tuple(parsed), axes)
     if not used:
         raise ConfigError(f"sharding[{pattern!r}] splits no dimension, as every parameter without a rule. Leave it "
                           "out, or name a mesh axis.")
     return tuple(parsed)
+
+
+def check_partitioner(pattern: str, spec: PartitionSpec, axes: Mapping[str, int]) -> None:
+    """Refuses a partition of parameters that XLA gets wrong; `tests/spmd/layouts.py` searches for such.
+
+    Raises:
+      ConfigError: it splits one dim over several axes and another one too.
+    """
+    if _is_doubtful(spec, axes):
+        raise ConfigError(f"sharding[{pattern!r}] splits one dimension over several axes and another one too; XLA's "
+                          "partitioner was found to put gradients of such a parameter in wrong places. Split one.")
+
+
+def check_batch_partitioner(dims: Sequence[int], axes: Mapping[str, int]) -> None:
+    """Refuses a partition of a batch that XLA gets wrong beside parameters that are split.
+
+    Args:
+      dims: number of parts of each dim of a tensor over the cores of a replica.
+      axes: of the mesh.
+
+    Raises:
+      ConfigError: it splits one dim over several axes and another one too; one axis of cores is no such case.
+    """
+    cores = {axis: size for axis, size in axes.items() if axis != DATA_AXIS and size > 1}
+    if len(cores) > 1 and _is_doubtful(_batch_partition(dims, cores, axes.get(DATA_AXIS, 1)), axes):
+        raise ConfigError(
+            f"input_partition_dims={list(dims)} splits one dimension of a tensor over several axes of the mesh "
+            f"({format_mesh(axes)}) and another one too, beside parameters that are split; XLA's partitioner was found "
+            "to put gradients in wrong places there. Give the cores one axis "
+            f"({MODEL_AXIS}: {math.prod(cores.values())}), split rows alone, or leave sharding and fsdp out.")
+
+
+def _batch_partition(dims: Sequence[int], cores: Mapping[str, int], num_replicas: int) -> PartitionSpec:
+    """Returns the axes that each dim is split over, wholly or in part; cores are numbered along their axes."""
+    ends = list(itertools.accumulate(cores.values(), operator.mul))
+    spec, start = [], 1
+    for size in dims:
+        end = start * size
+        spec.append(tuple(axis for axis, axis_end in zip(cores, ends, strict=True)
+                          if max(start, axis_end // cores[axis]) < min(end, axis_end)))
+        start = end
+    rows = (DATA_AXIS, *spec[0]) if num_replicas > 1 else spec[0]
+    return (rows, *spec[1:])
+
+
+def _is_doubtful(spec: PartitionSpec, axes: Mapping[str, int]) -> bool:
+    num_split = sum(any(axes[axis] > 1 for axis in names) for names in spec)
+    return num_split > 1 and splits_over_several(spec, axes)
+
+
+def splits_over_several(spec: PartitionSpec, axes: Mapping[str, int]) -> bool:
+    """Tells whether a dim is split over several axes; one of size 1 splits nothing."""
+    return any(sum(axes[axis] > 1 for axis in names) > 1 for names in spec)

@@ -38,6 +38,15 @@ def test_fsdp_leaves_a_parameter_that_a_rule_splits_over_data():
     assert shard({"layers.1.weight": [None, "data"]}, fsdp=True)["layers.1.weight"] == ((), ("data",))
 
 
+def test_fsdp_leaves_a_parameter_with_a_dim_that_a_rule_splits_over_several_axes():
+    rules = {"layers.1.weight": [["rows", "columns"], None]}
+    several = shard(rules, fsdp=True, axes={"data": 2, "rows": 2, "columns": 2})
+    assert several["layers.1.weight"] == (("rows", "columns"), ())
+    assert several["layers.0.weight"] == ((), ("data",))
+    one = shard(rules, fsdp=True, axes={"data": 2, "rows": 2, "columns": 1})
+    assert one["layers.1.weight"] == (("rows", "columns"), ("data",))
+
+
 @pytest.mark.parametrize(("rules", "match"), [
     ({"layer.0.weight": ["model", None]}, "matches no parameter of the model; it has 5, such as layers.0.weight."),
     ({"*": ["model", None]}, "has 2 entries, one a dimension; it matches layers.0.bias, which has 1: shape [8]"),

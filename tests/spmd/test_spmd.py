@@ -13,10 +13,11 @@ import torch
 import torch_xla
 import torch_xla.debug.metrics as xla_metrics
 
-from tests.spmd import runs
+from tests.spmd import layouts, runs
 from tests.spmd.conftest import NUM_DEVICES, run_on_one_device
 from tpuspec import ModeKeys, SessionRunHook
 from tpuspec.errors import ConfigError, DeviceError, SpecError
+from tpuspec.mesh import check_partitioner
 
 RULES = {"0.weight": ["model", None], "0.bias": ["model"], "3.weight": [None, "model"]}
 LAYOUTS = {
@@ -134,6 +135,42 @@ def test_several_steps_in_one_program_have_the_bits_of_single_ones(layout, tmp_p
     together = runs.make("adamw", tmp_path / "together", steps_per_execution=4, **settings)
     assert runs.results(together) == alone
     assert together._sessions[True]._compiled[ModeKeys.TRAIN].num_at_once == 4
+
+
+MESHES = {4: {"data": 2, "model": 2, "one": 1}, 8: {"data": 2, "rows": 2, "columns": 2}}
+
+
+@pytest.mark.parametrize("model", layouts.MODELS)
+def test_a_sample_of_the_layouts_that_are_allowed_trains_as_one_device_does(model):
+    kind, mesh = layouts.MODELS[model], MESHES[NUM_DEVICES]
+    allowed = [layout for layout in layouts.layouts(kind, mesh) if all(map(is_allowed, layout))][:12]
+    assert max(layouts.differences(kind, mesh, allowed)) < layouts.TOLERANCE
+
+
+def is_allowed(spec):
+    try:
+        check_partitioner("", spec, MESHES[NUM_DEVICES])
+    except ConfigError:
+        return False
+    return True
+
+
+REFUSED = [
+    (None, ((("columns", "rows"), ("data",)), ((), ("rows",)))),
+    (None, ((("rows",), ()), (("data",), ("columns", "rows")))),
+    ([1, 4], ((("data",), ()), ((), ("columns",)))),
+    ([2, 2], ((("rows",), ("columns",)), (("data",), ("columns",)))),
+]
+
+
+@pytest.mark.skipif(NUM_DEVICES != 8, reason="it takes three axes")
+@pytest.mark.parametrize(("dims", "layout"), REFUSED)
+def test_what_xla_gets_wrong_is_refused_and_is_still_wrong(dims, layout):
+    tried = (layouts.MODELS["linear"], MESHES[8], [layout])
+    with pytest.raises(ConfigError, match="partitioner was found to put gradients"):
+        layouts.differences(*tried, input_partition_dims=dims)
+    with layouts.nothing_refused():  # where nothing is wrong any more, search again: tests/spmd/layouts.py
+        assert min(layouts.differences(*tried, input_partition_dims=dims)) > 0.01
 
 
 def first_layout(name="both"):

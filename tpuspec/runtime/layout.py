@@ -12,7 +12,7 @@ import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from tpuspec.mesh import DATA_AXIS, PartitionSpec
+from tpuspec.mesh import DATA_AXIS, PartitionSpec, check_batch_partitioner
 from tpuspec.runtime import graph
 from tpuspec.runtime.input_partition import Dims, partition_batch
 from tpuspec.runtime.slots import GRADIENT, Slot, read_slots
@@ -78,7 +78,7 @@ class MeshLayout:
         """Sends a batch of all replicas: the rows split over 'data', and within a replica by input_partition_dims.
 
         Raises:
-          ConfigError: input_partition_dims do not fit the batch.
+          ConfigError: input_partition_dims do not fit the batch, or are such as XLA gets wrong.
         """
         tensors = batch.tensors()
         dims: list[Dims] = [None] * len(tensors)
@@ -126,6 +126,8 @@ class MeshLayout:
             split = DATA_AXIS if DATA_AXIS in self.axes else None
             return self._sent(tensor, self._mesh, (split, *[None] * (tensor.ndim - 1)))
         if dims not in self._core_meshes:
+            if any(map(any, self._specs.values())):
+                check_batch_partitioner(dims, self.axes)
             # The devices of replica after replica, whatever the order of the axes.
             ids = np.arange(self._num_replicas * self._num_cores).reshape(tuple(self.axes.values()))
             if DATA_AXIS in self.axes:

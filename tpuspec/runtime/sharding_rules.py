@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from tpuspec.errors import ConfigError
-from tpuspec.mesh import DATA_AXIS, PartitionSpec, format_mesh, parse_rule
+from tpuspec.mesh import DATA_AXIS, PartitionSpec, format_mesh, parse_rule, splits_over_several
 
 
 def shard_parameters(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int], *,
@@ -44,7 +44,7 @@ def shard_parameters(shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, i
                 specs[name] = spec
         taken.update(matched)
     if fsdp:
-        specs = {name: _split_over_data(spec, shapes[name], axes[DATA_AXIS]) for name, spec in specs.items()}
+        specs = {name: _split_over_data(spec, shapes[name], axes) for name, spec in specs.items()}
         if not any(DATA_AXIS in axis for spec in specs.values() for axis in spec):
             raise ConfigError(f"fsdp has nothing to split: no parameter has a dimension that {axes[DATA_AXIS]}, the "
                               f"size of the mesh axis {DATA_AXIS!r}, divides. Leave fsdp out.")
@@ -63,11 +63,12 @@ def _check_fits(pattern: str, spec: PartitionSpec, name: str, shape: tuple[int, 
                               f"{size}.")
 
 
-def _split_over_data(spec: PartitionSpec, shape: tuple[int, ...], num_parts: int) -> PartitionSpec:
+def _split_over_data(spec: PartitionSpec, shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
     """Splits the largest whole dim that can be; a parameter that has none stays as it is."""
     # Besides a dim that is split over several axes, XLA's partitioner puts gradients in wrong places.
-    if any(DATA_AXIS in names or len(names) > 1 for names in spec):
+    if any(DATA_AXIS in names for names in spec) or splits_over_several(spec, axes):
         return spec
+    num_parts = axes[DATA_AXIS]
     fitting = [dim for dim, size in enumerate(shape) if not spec[dim] and size and size % num_parts == 0]
     if not fitting:
         return spec
