@@ -199,7 +199,7 @@ class RunConfig:
       compile_cache: folder for compiled programs that later runs need not compile again; 'default' is tpuspec/xla in
         the user's cache folder, None keeps none. XLA:CPU cannot read programs back, and goes without.
       audit_every_steps: replayed steps between two traces that check that the step is still what was captured.
-      host_queue_size: steps whose host functions may wait; a full queue slows training.
+      host_queue_size: steps, or programs of several, whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
       async_checkpoints: whether training goes on while a checkpoint is written; with saving_listeners it waits.
       checkpoint_max_shard_bytes: tensors of more bytes are spread over several files; a larger tensor has its own.

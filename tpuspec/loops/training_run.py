@@ -82,7 +82,9 @@ class TrainingRun:
         context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
         self.progress.start("train", last_step)
         try:
-            with self.interruption.stops(context.request_stop), HostExecutor(config.host_queue_size) as executor:
+            # The steps of a program end at once.
+            queue_size = config.host_queue_size * config.tpu_config.steps_per_execution
+            with self.interruption.stops(context.request_stop), HostExecutor(queue_size) as executor:
                 return TrainLoop(
                     session=session, step=prepared.step, batches=prepared.batches,
                     sizer=AgreedSizer(coordinator, self.loop_length, last_step), saver=self.saver,

@@ -141,7 +141,7 @@ class SeveralSteps:
         form = tuple(form_of(parts[0]) for parts in batches)
         outputs = self._together([
             BatchesOfSteps(parts, form) for parts in zip(*batches, strict=True)])  # type: ignore[misc]
-        return [[_of_step(number, output) for output in outputs] for number in range(len(batches))]
+        return [list(of_step) for of_step in zip(*(_split(output, len(batches)) for output in outputs), strict=True)]
 
     def publish(self) -> None:
         """Makes the newest state readable in the modules and optimizers."""
@@ -149,8 +149,10 @@ class SeveralSteps:
         self._together.publish()
 
 
-def _of_step(number: int, output: StepOutput) -> StepOutput:
-    begin = f"{number} "
-    return StepOutput(
-        tensors={group.removeprefix(begin): part for group, part in output.tensors.items() if group.startswith(begin)},
-        functions=output.functions, num_stacked=output.num_stacked)
+def _split(output: StepOutput, num_steps: int) -> list[StepOutput]:
+    groups: list[dict[str, Any]] = [{} for _ in range(num_steps)]
+    for key, tensors in output.tensors.items():
+        number, _, group = key.partition(" ")
+        groups[int(number)][group] = tensors
+    return [StepOutput(tensors=of_step, functions=output.functions, num_stacked=output.num_stacked)
+            for of_step in groups]
