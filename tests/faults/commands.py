@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.faults.zygote_process import open_zygote
+from tests.faults.zygote_process import Zygote
 from tpuspec.checkpoint.store import CheckpointStore
 
 CONFIG = ["config=faulty", f"--config-dir={Path(__file__).parent / 'configs'}", "allow=[tests.faults.]"]
@@ -59,17 +56,11 @@ class Ended:
 
 
 class Commands:
-    """Forks runs from one process that has imported torch_xla."""
+    """Runs `config=faulty`, with what its arguments say."""
 
-    def __init__(self, zygote: subprocess.Popen[str]) -> None:
+    def __init__(self, zygote: Zygote) -> None:
         self._zygote = zygote
         self._num_runs = 0
-
-    @classmethod
-    @contextmanager
-    def open(cls) -> Iterator[Commands]:
-        with open_zygote() as zygote:
-            yield cls(zygote)
 
     def start(self, folder: Path, *arguments: str, file_bytes: int | None = None) -> Run:
         """Starts `config=faulty` in a folder, which holds its output and, where nothing else is said, its model_dir.
@@ -84,19 +75,13 @@ class Commands:
         given = dict(argument.partition("=")[::2] for argument in arguments)
         model_dir = folder / given.get("model_dir", "run")
         extra = [] if "model_dir" in given else ["model_dir=run"]
-        pid = self._ask({"arguments": [*CONFIG, *extra, *arguments], "output": str(out), "errors": str(err),
-                         "folder": str(folder), "file_bytes": file_bytes})
-        return Run(pid, out, err, model_dir, lambda: self._ask({"pid": pid}))
+        pid = self._zygote.start(arguments=[*CONFIG, *extra, *arguments], output=str(out), errors=str(err),
+                                 folder=str(folder), file_bytes=file_bytes)
+        return Run(pid, out, err, model_dir, lambda: self._zygote.wait(pid))
 
     def run(self, folder: Path, *arguments: str, file_bytes: int | None = None) -> Ended:
         """Runs `config=faulty` to its end."""
         return self.start(folder, *arguments, file_bytes=file_bytes).wait()
-
-    def _ask(self, order: dict[str, object]) -> int:
-        assert self._zygote.stdout is not None and self._zygote.stdin is not None
-        self._zygote.stdin.write(json.dumps(order) + "\n")
-        self._zygote.stdin.flush()
-        return int(self._zygote.stdout.readline())
 
 
 class Run:

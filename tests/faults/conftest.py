@@ -3,9 +3,15 @@
 import pytest
 
 from tests.faults.commands import Commands
+from tests.faults.zygote_process import open_zygote
 
 
 @pytest.fixture(scope="session")
-def commands():
-    with Commands.open() as opened:
+def zygote():
+    with open_zygote() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def commands(zygote):
+    return Commands(zygote)

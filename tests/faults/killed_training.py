@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.faults.zygote_process import ROOT, open_zygote
+from tests.faults.zygote_process import ROOT, Zygote
 from tpuspec.checkpoint.store import CheckpointStore
 
 SAVE_EVERY_STEPS = 3
@@ -31,16 +28,10 @@ SETTINGS = {
 
 
 class Trainings:
-    """Runs of the command line, forked from one process that has imported torch_xla."""
+    """Runs of the command line."""
 
-    def __init__(self, zygote: subprocess.Popen[str]) -> None:
+    def __init__(self, zygote: Zygote) -> None:
         self._zygote = zygote
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls) -> Iterator[Trainings]:
-        with open_zygote() as zygote:
-            yield cls(zygote)
 
     def start(self, recipe: str, num_replicas: int, model_dir: Path, max_steps: int) -> int:
         """Starts a run; returns its process number."""
@@ -49,17 +40,11 @@ class Trainings:
                      f"model_dir={model_dir}"]
         # Python's and numpy's random state is the user's to seed; behind a commit it is another, to be put back.
         seed = newest_step(model_dir) + 1
-        return self._ask({"arguments": arguments, "output": f"{model_dir}.log", "seed": seed})
+        return self._zygote.start(arguments=arguments, output=f"{model_dir}.log", seed=seed)
 
     def wait(self, pid: int) -> int:
         """Waits for the end of a run; returns its exit code."""
-        return self._ask({"pid": pid})
-
-    def _ask(self, order: dict[str, Any]) -> int:
-        assert self._zygote.stdout is not None and self._zygote.stdin is not None
-        self._zygote.stdin.write(json.dumps(order) + "\n")
-        self._zygote.stdin.flush()
-        return int(self._zygote.stdout.readline())
+        return self._zygote.wait(pid)
 
 
 def newest_step(model_dir: Path) -> int:

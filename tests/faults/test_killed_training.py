@@ -14,9 +14,8 @@ NUM_KILLS_OF_EACH_CASE = 25
 
 
 @pytest.fixture(scope="module")
-def trainings():
-    with Trainings.open() as opened:
-        yield opened
+def trainings(zygote):
+    return Trainings(zygote)
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""Imports torch_xla once and forks `python -m tpuspec.train`: a line of JSON orders a run, another asks for its end."""
+"""Imports torch_xla once and forks runs: a line of JSON orders one, another asks for its end."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
+import pkgutil
 import random
 import resource
 import signal
@@ -15,14 +16,21 @@ import torch.export._trace  # noqa: F401 - likewise
 import torch_xla  # noqa: F401 - what takes seconds to import
 
 import tpuspec.runtime.xla_replicas
-import tpuspec.train
+import tpuspec.train  # noqa: F401
 
 
 def start(arguments: list[str], output: str, seed: int = 0, errors: str | None = None, folder: str = ".",
-          file_bytes: int | None = None) -> int:
-    """Forks a run, whose output goes to a file, its errors to another where one is given; returns its process number.
+          file_bytes: int | None = None, program: str = "tpuspec.train:command") -> int:
+    """Forks a run, which is a process group of its own; returns its process number.
 
-    The run is a process group of its own. No file of it may grow beyond `file_bytes`.
+    Args:
+      arguments: of the program.
+      output: file of what it prints.
+      seed: of Python's and numpy's random numbers.
+      errors: file of its standard error; None takes `output`.
+      folder: where it runs.
+      file_bytes: what no file of it may grow beyond; None sets no limit.
+      program: the function that is called with the arguments; the command line, if nothing else is said.
     """
     pid = os.fork()
     if pid:
@@ -40,8 +48,7 @@ def start(arguments: list[str], output: str, seed: int = 0, errors: str | None =
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     # As an interpreter ends: threads are joined, and what they raise is seen.
-    tpuspec.train.command(arguments)
-    return 0
+    sys.exit(pkgutil.resolve_name(program)(arguments))
 
 
 def main() -> None:

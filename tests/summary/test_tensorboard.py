@@ -100,16 +100,37 @@ def test_flushed_scalars_are_readable_while_the_writer_is_open(tmp_path: Path):
     writer.close()
 
 
-def test_a_write_after_close_goes_on_in_another_file(tmp_path: Path):
+def test_writers_of_one_folder_one_behind_the_other_write_one_file_without_a_thread(tmp_path: Path):
     threads = threading.active_count()
-    writer = TensorBoardWriter(tmp_path)
-    for step in range(1, 13):
-        writer.scalar("loss", 1.0, step)
-        assert threading.active_count() == threads
-        writer.close()
+    for step in range(1, 6):
+        writer = TensorBoardWriter(tmp_path)
+        for number in (2 * step - 1, 2 * step):
+            writer.scalar("loss", 1.0, number)
+            assert threading.active_count() == threads
+            writer.close()
     writer.close()
-    assert len(list(tmp_path.iterdir())) == 12
-    assert [event.step for event in read(tmp_path).Scalars("loss")] == list(range(1, 13))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [event.step for event in read(tmp_path).Scalars("loss")] == list(range(1, 11))
+
+
+def test_writers_of_one_folder_at_a_time_have_a_file_each(tmp_path: Path):
+    writers = [TensorBoardWriter(tmp_path) for _ in range(2)]
+    for step, writer in enumerate(writers, start=1):
+        writer.scalar("loss", 1.0, step)
+    for writer in writers:
+        writer.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert [event.step for event in read(tmp_path).Scalars("loss")] == [1, 2]
+
+
+def test_a_file_that_was_deleted_meanwhile_is_made_anew(tmp_path: Path):
+    writer = TensorBoardWriter(tmp_path)
+    writer.scalar("loss", 1.0, 1)
+    writer.close()
+    shutil.rmtree(tmp_path)
+    writer.scalar("loss", 1.0, 2)
+    writer.close()
+    assert [event.step for event in read(tmp_path).Scalars("loss")] == [2]
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

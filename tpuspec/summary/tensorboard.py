@@ -71,7 +71,7 @@ class TensorBoardWriter:
         """Does nothing: every event is already in the file."""
 
     def close(self) -> None:
-        """Closes the event file; a later write begins another one."""
+        """Closes the event file; a later write goes on in it."""
         with self._lock:
             self._close()
 
@@ -80,8 +80,7 @@ class TensorBoardWriter:
             try:
                 self._open().add(summary, step)
             except OSError:
-                # An event may be torn, and none behind it would be read.
-                self._close()
+                self._close()  # a later write begins another file
                 raise
 
     def _open(self) -> EventFile:
