@@ -159,6 +159,9 @@ class CapturedStep:
         self._in_flight = False
         self._written: set[int] = set()
         self._host_code, self._knows_host_code = host_code, False
+        # What the newest step reads and writes. A thread of torch_xla that is the last to hold a buffer waits for the
+        # step, and so for all replicas, perhaps with the launch of one of them in its hands: Eigen takes the next
+        # task before it destroys the one before. The launches of the next step wait until these threads have let go.
         self._kept: Any = None
         self._gave_up = mode is CaptureMode.off
 
@@ -238,12 +241,12 @@ class CapturedStep:
                 self._audit(program, recordings[0])
             elif key is not None:
                 self._consider(key, recordings)
-        results = []
+        results, values = [], [recording.values for recording in recordings]
         for state, recording in zip(self._states, recordings, strict=True):
             graph.use_device(state.device)
             results.append(launch(recording))
         graph.use_device(self._states[0].device)
-        self._kept = results
+        self._kept = (values, results)
         return [replace(recording.output, tensors=rebuild(recording.output.tensors, iter(
             _host_tensors(recording, result, batch))))
             for recording, result, batch in zip(recordings, results, batches, strict=True)]
@@ -374,7 +377,7 @@ class CapturedStep:
         if not self._written.issuperset(program.written):
             self._written.update(program.written)
         self._written.update(program.dropped)
-        self._kept = (feeds, sent)
+        self._kept = (feeds, sent, results)
         return [StepOutput(tensors=rebuild(output.tensors, iter(
             [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
             functions=output.functions, is_update=output.is_update, num_stacked=output.num_stacked)
