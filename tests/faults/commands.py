@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.faults.faulty import SIGNALLED_FILE
 from tests.faults.zygote_process import Zygote
 from tpuspec.checkpoint.store import CheckpointStore
 
@@ -26,7 +27,7 @@ class Ended:
     Attributes:
       code: its exit code.
       out, err: what it printed.
-      seconds: from its last signal, or its start, to its end.
+      seconds: from its last signal, which it may have given itself, or its start, to its end.
       model_dir: of the run.
     """
 
@@ -115,7 +116,7 @@ class Run:
         """Waits for its end, and proves that no process of it is left."""
         while self._lives() and time.monotonic() < self._begun + _RUN_SECONDS:
             time.sleep(0.01)
-        seconds, hung = time.monotonic() - self._begun, self._lives()
+        ended, hung = time.monotonic(), self._lives()
         if hung:
             os.killpg(self.pid, signal.SIGKILL)
         code = self._wait()
@@ -124,7 +125,9 @@ class Run:
         while (left := self._group()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == [], f"{left} are left"
-        return Ended(code=code, out=self._out.read_text(), err=self._err.read_text(), seconds=seconds,
+        signalled = self._out.parent / SIGNALLED_FILE
+        begun = max(self._begun, float(signalled.read_text()) if signalled.exists() else 0.0)
+        return Ended(code=code, out=self._out.read_text(), err=self._err.read_text(), seconds=ended - begun,
                      model_dir=self.model_dir)
 
     def _lives(self) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.loops import export_folder
 from tpuspec.spec.phase import current_phase
 
+SIGNALLED_FILE = "signalled"
 USER_CODE = ("input_fn", "model_fn", "host_call", "metric_fn", "nowhere", "disk", "serving_input_fn", "export_trace",
              "export_files")
 
@@ -41,6 +43,7 @@ def go_wrong(how: str) -> None:
     if how == "raise":
         raise ZeroDivisionError("by the test")
     for _ in range(2 if how == "twice" else 1):
+        Path(SIGNALLED_FILE).write_text(repr(time.monotonic()))  # one clock for all processes
         os.kill(os.getpid(), signal.SIGINT if how == "SIGINT" else signal.SIGTERM)
         time.sleep(0.3)
 

@@ -23,7 +23,7 @@ from tpuspec.loops.export_folder import commit_next, writing_into
 from tpuspec.spec.export_output import PredictOutput
 
 NATIVE = "use_tpu=false"
-LOADED_SECONDS = 120.0  # as in test_signals
+MOST_SECONDS = 20.0  # as in test_signals
 
 
 def serving_input_fn():
@@ -55,7 +55,7 @@ def test_fault_22_23_a_signal_during_export_ends_at_once_and_leaves_nothing_of_i
     assert ended.first_line.startswith(told), ended.err
     assert "Traceback" not in ended.err
     assert os.listdir(tmp_path / "out" / "serving") == [] if (tmp_path / "out").exists() else True
-    assert ended.seconds < LOADED_SECONDS and ended.steps() == [0, 5]
+    assert ended.seconds < MOST_SECONDS and ended.steps() == [0, 5]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 NATIVE = "use_tpu=false"
+MOST_SECONDS = 20.0  # which the project promises; the default grace time is 15
 
 
 @pytest.mark.parametrize("arguments", [
@@ -24,8 +25,8 @@ def test_fault_22_sigterm_in_any_phase_commits_the_last_finished_step_and_ends_w
     ended = commands.run(tmp_path, "quiet=true", "params.how=SIGTERM", *arguments)
     assert ended.code == 143
     assert ended.first_line.startswith("interrupted by SIGTERM: stopped at step ")
-    # "stopped at step" is said within the grace time only, 15 s; later the process is ended without it.
     step = ended.last_step()
+    assert ended.seconds < MOST_SECONDS
     assert step == 0 or "params.step=1" not in arguments
     assert step >= 45 or "params.step=45" not in arguments
 
@@ -55,6 +56,7 @@ def test_fault_22_23_a_whole_group_that_is_signalled_saves_and_leaves_no_worker(
     ended = run.wait()
     assert ended.code == 128 + number
     assert ended.last_step() >= 8
+    assert ended.seconds < MOST_SECONDS
 
 
 def test_fault_24_a_second_signal_ends_at_once_without_another_commit(commands, tmp_path):
