@@ -7,8 +7,8 @@
 3. restore: seconds to read it, every byte checked, beside torch.load, each with the heap given back to the system
    before, as in a process that has just started.
 
-Contenders take turns, the first repeat is dropped, medians and ranges are given, with the load of the machine. The
-files go below BENCH_DIR, or the folder of temporary files. One JSON line for each part.
+Contenders take turns, the first repeat is dropped. Medians, ranges, and medians of the ratios are given, with the load
+of the machine. The files go below BENCH_DIR, or the folder of temporary files. One JSON line for each part.
 Run: python benchmarks/bench_checkpoint.py
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from interleave import interleave, median_ratio, spread
 from torch import nn
 
 import tpuspec
@@ -47,28 +48,14 @@ def seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def take_turns(contenders: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
-    """Measures each in turn, in another order each time; the first repeat is dropped."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for repeat in range(REPEATS + 1):
-        for name in names[repeat % len(names):] + names[:repeat % len(names)]:
-            found = contenders[name](repeat)
-            if repeat:
-                times[name].append(found)
-    return times
+def take_turns(contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Measures each in turn; the first repeat is dropped."""
+    return {name: times[1:] for name, times in interleave(contenders, REPEATS + 1).items()}
 
 
 def report(metric: str, times: dict[str, list[float]], **more: Any) -> None:
-    print(json.dumps({
-        "metric": metric, "unit": "s", "repeats": REPEATS,
-        **{name: {"median": round(statistics.median(values), 4),
-                  "range": [round(min(values), 4), round(max(values), 4)]} for name, values in times.items()},
-        **more, "load": round(os.getloadavg()[0], 1), "torch": torch.__version__}), flush=True)
-
-
-def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
-    return round(statistics.median(times[over]) / statistics.median(times[under]), 2)
+    print(json.dumps({"metric": metric, "unit": "s", **{name: spread(values, 4) for name, values in times.items()},
+                      **more, "load": round(os.getloadavg()[0], 1), "torch": torch.__version__}), flush=True)
 
 
 def model_fn(features, labels, mode, params, model, optimizer):
@@ -103,8 +90,8 @@ def measure_loop(folder: Path) -> None:
     host = {str(i): tensor.cpu() for i, tensor in enumerate(on_device)}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    def dcp_save(repeat: int) -> float:
-        path = folder / f"dcp-{repeat}"
+    def dcp_save() -> float:
+        path = folder / "dcp"
         begun = time.perf_counter()
         future = dcp.async_save(host, checkpoint_id=path)
         took = time.perf_counter() - begun
@@ -113,13 +100,13 @@ def measure_loop(folder: Path) -> None:
         return took
 
     times = take_turns({
-        "device_to_host_copy": lambda repeat: seconds(lambda: [tensor.cpu() for tensor in on_device]),
-        "async_save": lambda repeat: save("async_save"),
-        "sync_save": lambda repeat: save("sync_save"),
+        "device_to_host_copy": lambda: seconds(lambda: [tensor.cpu() for tensor in on_device]),
+        "async_save": lambda: save("async_save"),
+        "sync_save": lambda: save("sync_save"),
         "dcp_async_save_from_host": dcp_save})
     dist.destroy_process_group()
     report("seconds that the training loop loses by a save", times, bytes=num_bytes,
-           async_save_over_copy=ratio(times, "async_save", "device_to_host_copy"))
+           async_save_over_copy=median_ratio(times["async_save"], times["device_to_host_copy"]))
 
 
 def torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -140,13 +127,13 @@ def measure_files(folder: Path) -> None:
     store = CheckpointStore(folder / "store")
     store.prepare()
 
-    def our_write(repeat: int) -> float:
-        took = seconds(lambda: store.save(TrainingState(global_step=repeat, model=tensors)))
-        store.delete(repeat)
+    def our_write() -> float:
+        took = seconds(lambda: store.save(TrainingState(global_step=0, model=tensors)))
+        store.delete(0)
         return took
 
-    def their_write(repeat: int) -> float:
-        path = folder / f"torch-{repeat}.pt"
+    def their_write() -> float:
+        path = folder / "torch-written.pt"
         took = seconds(lambda: torch_save(tensors, path))
         path.unlink()
         return took
@@ -154,7 +141,7 @@ def measure_files(folder: Path) -> None:
     times = take_turns({"write": our_write, "torch_save_fsync": their_write})
     report("seconds to write 50M float32 parameters", times, bytes=num_bytes,
            bytes_per_second=round(num_bytes / statistics.median(times["write"])),
-           bytes_per_second_relative_to_torch_save_fsync=ratio(times, "torch_save_fsync", "write"))
+           bytes_per_second_relative_to_torch_save_fsync=median_ratio(times["torch_save_fsync"], times["write"]))
 
     path, theirs = store.save(TrainingState(global_step=0, model=tensors)), folder / "torch.pt"
     torch_save(tensors, theirs)
@@ -164,10 +151,10 @@ def measure_files(folder: Path) -> None:
         return seconds(fn)
 
     times = take_turns({
-        "restore": lambda repeat: fresh(lambda: store.load(path)),
-        "torch_load": lambda repeat: fresh(lambda: torch.load(theirs, weights_only=True))})
+        "restore": lambda: fresh(lambda: store.load(path)),
+        "torch_load": lambda: fresh(lambda: torch.load(theirs, weights_only=True))})
     report("seconds to restore 50M float32 parameters", times, bytes=num_bytes,
-           relative_to_torch_load=ratio(times, "restore", "torch_load"))
+           relative_to_torch_load=median_ratio(times["restore"], times["torch_load"]))
 
 
 def main() -> None:
