@@ -29,10 +29,7 @@ def resolve(location: str | os.PathLike[str]) -> Location:
     Raises:
       ConfigError: no file system of fsspec has such addresses, or its package is not installed.
     """
-    if not is_remote(location):
-        return Path(location)
-    fs, path = _filesystem(os.fspath(location))
-    return Path(path) if isinstance(fs, LocalFileSystem) else os.fspath(location)
+    return _find(location)[0]
 
 
 def open_storage(location: str | os.PathLike[str], is_complete: Callable[[Path], bool],
@@ -47,10 +44,10 @@ def open_storage(location: str | os.PathLike[str], is_complete: Callable[[Path],
     Raises:
       ConfigError: as `resolve`.
     """
-    resolved = resolve(location)
-    if isinstance(resolved, Path):
-        return LocalStorage(resolved, is_complete, clock)
-    return RemoteStorage(*_filesystem(resolved), resolved, clock)
+    found, remote = _find(location)
+    if remote is None:
+        return LocalStorage(Path(found), is_complete, clock)
+    return RemoteStorage(*remote, str(found), clock)
 
 
 def open_folder(location: str | os.PathLike[str]) -> AbstractContextManager[Folder]:
@@ -60,10 +57,19 @@ def open_folder(location: str | os.PathLike[str]) -> AbstractContextManager[Fold
       OSError, ValueError: from the block: there is none.
       ConfigError: as `resolve`.
     """
-    resolved = resolve(location)
-    if isinstance(resolved, Path):
-        return LocalFolder.opened(resolved)
-    return RemoteFolder.opened(*_filesystem(resolved), resolved)
+    found, remote = _find(location)
+    if remote is None:
+        return LocalFolder.opened(Path(found))
+    return RemoteFolder.opened(*remote, str(found))
+
+
+def _find(location: str | os.PathLike[str]) -> tuple[Location, tuple[AbstractFileSystem, str] | None]:
+    """Returns what `resolve` does, and the file system of an address with the path in it; None for a local folder."""
+    if not is_remote(location):
+        return Path(location), None
+    address = os.fspath(location)
+    fs, path = _filesystem(address)
+    return (Path(path), None) if isinstance(fs, LocalFileSystem) else (address, (fs, path))
 
 
 def _filesystem(address: str) -> tuple[AbstractFileSystem, str]:

@@ -73,8 +73,7 @@ class RemoteFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, fs: AbstractFileSystem, path: str, location: str,
-               clock: Callable[[], float] = time.time) -> Iterator[RemoteFolder]:
+    def opened(cls, fs: AbstractFileSystem, path: str, location: str) -> Iterator[RemoteFolder]:
         """Opens a folder under a lease; without the right to write one it is read all the same.
 
         Raises:
@@ -82,7 +81,7 @@ class RemoteFolder:
         """
         if not list_names(fs, path):
             raise FileNotFoundError(errno.ENOENT, "no such folder", location)
-        lease = f"{path}/.reader-{int(clock() + LEASE_SECONDS)}-{secrets.token_hex(8)}"
+        lease = f"{path}/.reader-{int(time.time() + LEASE_SECONDS)}-{secrets.token_hex(8)}"
         has_lease = False
         with contextlib.suppress(OSError), as_os_errors():
             fs.pipe_file(lease, b"")
