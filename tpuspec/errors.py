@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
+from typing import ClassVar
 
 
 class TpuspecError(Exception):
@@ -76,7 +77,9 @@ class NonFiniteLossError(TpuspecError, ArithmeticError):
 
 
 class HangError(TpuspecError, TimeoutError):
-    """Something takes longer than the settings allow."""
+    """Something takes longer than the settings allow; `exit_code` is the one of a process that ends by it."""
+
+    exit_code: ClassVar[int] = 4
 
 
 class HostFailureError(TpuspecError, RuntimeError):

@@ -29,7 +29,7 @@ from tpuspec.errors import (
 from tpuspec.spec.phase import phase_of, step_of
 from tpuspec.summary.readable import format_value
 
-DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, HUNG, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, WRONG_CONFIG, STATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 RunJob = Callable[[Job], Mapping[str, Any]]
 
@@ -82,7 +82,8 @@ def report(error: BaseException, model_dir: str | None = None) -> int:
         print(f"interrupted by SIGINT: {_notes(error) or 'nothing was left to be saved.'}", file=sys.stderr)
         return INTERRUPTED
     code = (WRONG_CONFIG if isinstance(error, ConfigError | ConfigTypeError) else
-            STATE_REFUSED if isinstance(error, CheckpointError) else HUNG if isinstance(error, HangError) else FAILED)
+            STATE_REFUSED if isinstance(error, CheckpointError) else
+            error.exit_code if isinstance(error, HangError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
     is_of_user = code == FAILED and not isinstance(error, DeviceError | HostFailureError)
     if is_of_user:

@@ -13,7 +13,6 @@ from tpuspec.errors import HangError
 from tpuspec.loops.ending import end_process, last_words
 from tpuspec.spec.phase import current_phase, num_moves
 
-HUNG = 4
 _SETTINGS = {"compile": "compile_hang_seconds", "save": "checkpoint_timeout_secs"}
 _LONGEST_TICK_SECONDS, _TICKS = 1.0, 10
 _TELL_SECONDS = 2.0
@@ -90,7 +89,7 @@ class Watchdog:
         told = threading.Thread(target=self._tell, args=(HangError(text), phase), daemon=True)
         told.start()
         told.join(_TELL_SECONDS)
-        self._end(HUNG)
+        self._end(HangError.exit_code)
 
 
 def make_watchdog(config: RunConfig, tell: Callable[[HangError, str], object]) -> Watchdog:
