@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tpuspec.errors import DeviceError, TpuspecError
 from tpuspec.host.assemble import join_rows
 from tpuspec.host.executor import HostExecutor
-from tpuspec.spec.results import HostFunctions, StepOutput, StepRows
+from tpuspec.spec.results import HostFunctions, StepOutput, StepRows, flat_tensors, rebuild
 
 
 @dataclass(slots=True)
@@ -54,11 +53,12 @@ class _Dispatched:
     def __init__(self, step: int, outputs: Sequence[StepOutput], rows: StepRows, without: str | None) -> None:
         self.step, self.outputs, self.rows, self.without = step, outputs, rows, without
 
-    def groups(self) -> Iterator[tuple[str, Any]]:
-        for output in self.outputs:
-            for group, tensors in output.tensors.items():
-                if group != self.without:
-                    yield group, tensors
+    def wanted(self) -> list[Mapping[str, Any]]:
+        """Returns each output's groups that the host needs."""
+        if self.without is None:
+            return [output.tensors for output in self.outputs]
+        return [{group: tensors for group, tensors in output.tensors.items() if group != self.without}
+                for output in self.outputs]
 
 
 class Drain:
@@ -117,13 +117,8 @@ class Drain:
     def _fetch_waiting(self) -> None:
         num_steps = min(len(self._dispatched), self._executor.enough)
         dispatched = [self._dispatched.popleft() for _ in range(num_steps)]
-        tensors: list[Tensor] = []
-        for step in dispatched:
-            for _, group in step.groups():
-                if isinstance(group, Tensor):
-                    tensors.append(group)
-                else:
-                    tensors.extend(group.values() if isinstance(group, Mapping) else group)
+        wanted = [step.wanted() for step in dispatched]
+        tensors = [tensor for parts in wanted for part in parts for tensor in flat_tensors(part)]
         try:
             with self._executor.waiting_for_device():
                 fetched = iter(self._fetch(tensors))
@@ -135,8 +130,8 @@ class Drain:
             raise DeviceError(f"the outputs of {steps} could not be brought from the device: "
                               f"{type(error).__name__}: {error}") from error
         self._fetched.extend(DrainedStep(
-            step.step, self._parts(step, [_rebuild(output, step.without, fetched) for output in step.outputs]),
-            step.outputs[0].functions, step.rows) for step in dispatched)
+            step.step, self._parts(step, [rebuild(part, fetched) for part in parts]), step.outputs[0].functions,
+            step.rows) for step, parts in zip(dispatched, wanted, strict=True))
 
     def _parts(self, step: _Dispatched, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns each replica's tensors, where they came stacked: by replica, then micro-batch, without copies."""
@@ -145,21 +140,6 @@ class Drain:
             return parts
         return [pytree.tree_map(lambda tensor, i=i: tensor[i], part)
                 for i in range(num_stacked // self._copies) for part in parts]
-
-
-def _rebuild(output: StepOutput, without: str | None, fetched: Iterator[Tensor]) -> dict[str, Any]:
-    """Takes as many fetched tensors as an output has, in its form."""
-    parts: dict[str, Any] = {}
-    for group, tensors in output.tensors.items():
-        if group == without:
-            continue
-        if isinstance(tensors, Tensor):
-            parts[group] = next(fetched)
-        elif isinstance(tensors, Mapping):
-            parts[group] = {key: next(fetched) for key in tensors}
-        else:
-            parts[group] = [next(fetched) for _ in tensors]
-    return parts
 
 
 def join_micro_steps(micro_steps: Sequence[Sequence[StepOutput]]) -> list[StepOutput]:

@@ -26,14 +26,13 @@ from tpuspec.runtime.recording import (
     compile_recording,
     differences,
     launch,
-    rebuild,
     record,
     undone_on_error,
 )
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
-from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.spec.results import Batch, StepOutput, rebuild
 
 logger = logging.getLogger(__name__)
 

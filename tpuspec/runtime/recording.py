@@ -20,7 +20,7 @@ from tpuspec.runtime.python_state import HostCode, changed, is_random_state, mem
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
-from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.spec.results import Batch, StepOutput, flat_tensors, rebuild
 from tpuspec.spec.user_threads import USER_THREADS
 
 _MAX_ORDERS = 10
@@ -157,7 +157,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
         graph.allow_execution(True)
     host_code.add([output.functions.metric_fn, output.functions.host_call])
     # One of the host's own becomes a constant of the graph.
-    tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
+    tensors = [tensor.to(replica.device) for tensor in flat_tensors(output.tensors)]
     # Without its tensors: those that are views would be pending again once published, and be found as left over.
     form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica))
@@ -290,28 +290,6 @@ def launch(recording: Recording) -> list[Tensor]:
     # Of this very step only; what is kept of a recording is its form.
     recording.tensors, recording.values, recording.roots, recording.slots = [], [], [], {}
     return results
-
-
-def flat_tensors(output: StepOutput) -> Iterator[Tensor]:
-    """Yields the tensors of an output for the host, group by group."""
-    for tensors in output.tensors.values():
-        if isinstance(tensors, Tensor):
-            yield tensors
-        else:
-            yield from tensors.values() if isinstance(tensors, Mapping) else tensors
-
-
-def rebuild(template: Mapping[str, Any], tensors: Iterator[Tensor]) -> dict[str, Any]:
-    """Returns groups of the template's form, filled with tensors in the order of `flat_tensors`."""
-    groups: dict[str, Any] = {}
-    for group, form in template.items():
-        if isinstance(form, Tensor):
-            groups[group] = next(tensors)
-        elif isinstance(form, Mapping):
-            groups[group] = {key: next(tensors) for key in form}
-        else:
-            groups[group] = [next(tensors) for _ in form]
-    return groups
 
 
 def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:

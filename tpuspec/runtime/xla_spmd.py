@@ -21,13 +21,12 @@ from tpuspec.mesh import DATA_AXIS
 from tpuspec.runtime.client import start_client
 from tpuspec.runtime.layout import MeshLayout
 from tpuspec.runtime.placement import move_module
-from tpuspec.runtime.recording import flat_tensors, rebuild
 from tpuspec.runtime.sent_batch import SentBatch
 from tpuspec.runtime.sharding_rules import shard_parameters
 from tpuspec.runtime.topology import mesh_axes
 from tpuspec.runtime.xla_replicas import NewestStep, XlaReplicas
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
-from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.spec.results import Batch, StepOutput, flat_tensors, rebuild
 from tpuspec.spec.train_op import GradientReducer, reduce_with
 
 T = TypeVar("T")
@@ -167,7 +166,7 @@ class _LaidOutStep:
     def __call__(self, replica: Replica, batch: Batch, micro_step: int) -> StepOutput:
         with reduce_with(self.reducer):
             output = self.step(replica, batch, micro_step)
-        tensors = [tensor.to(replica.device) for tensor in flat_tensors(output)]
+        tensors = [tensor.to(replica.device) for tensor in flat_tensors(output.tensors)]
         whole = self.layout.whole(tensors)
         self.layout.constrain(replica)
         return replace(output, tensors=rebuild(output.tensors, iter(whole)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,3 +85,25 @@ class StepRows:
 
     mask: Tensor
     num_rows: int
+
+
+def flat_tensors(groups: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yields the tensors of a StepOutput's groups, group by group."""
+    for tensors in groups.values():
+        if isinstance(tensors, Tensor):
+            yield tensors
+        else:
+            yield from tensors.values() if isinstance(tensors, Mapping) else tensors
+
+
+def rebuild(groups: Mapping[str, Any], tensors: Iterator[Tensor]) -> dict[str, Any]:
+    """Returns groups of the same form, filled with tensors in the order of `flat_tensors`."""
+    rebuilt: dict[str, Any] = {}
+    for group, form in groups.items():
+        if isinstance(form, Tensor):
+            rebuilt[group] = next(tensors)
+        elif isinstance(form, Mapping):
+            rebuilt[group] = {key: next(tensors) for key in form}
+        else:
+            rebuilt[group] = [next(tensors) for _ in form]
+    return rebuilt
