@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from tests.regression import (
     make_trainer,
@@ -14,6 +15,7 @@ from tests.regression import (
 )
 from tpuspec import TPUEstimatorSpec
 from tpuspec.errors import ConfigError
+from tpuspec.spec.phase import current_phase, phase_of, step_of
 
 
 def test_predictions_keep_the_order_and_show_no_padding(tmp_path):
@@ -65,3 +67,20 @@ def test_a_second_prediction_while_one_is_open_is_refused(tmp_path):
         next(trainer.predict(rows_input()))
     assert len(list(first)) == 15
     assert len(list(trainer.predict(rows_input()))) == 16
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_an_error_of_the_input_names_its_part_and_its_step_behind_the_batches_before(use_tpu, tmp_path):
+    phases, predictions = [], []
+
+    def input_fn(params):
+        for number in range(3):
+            phases.append(current_phase())
+            yield torch.full((4, 1), float(number))
+        raise ZeroDivisionError("by the test")
+
+    with pytest.raises(ZeroDivisionError, match="by the test") as caught:
+        predictions.extend(make_trainer(tmp_path, use_tpu=use_tpu, prefetch_batches=0).predict(input_fn))
+    assert len(predictions) == 12
+    assert (phase_of(caught.value, ""), step_of(caught.value)) == ("input_fn", 4)
+    assert phases == ["input_fn"] * 3, "which a watchdog that ends a hang names"

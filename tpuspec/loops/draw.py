@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from tpuspec.loops.agreement import InputEnd
@@ -10,6 +11,11 @@ from tpuspec.loops.interruption import Interruption
 from tpuspec.spec.phase import in_phase
 
 T = TypeVar("T")
+
+
+def drawing(input_end: InputEnd) -> AbstractContextManager[None]:
+    """Says that the block draws a batch: of this host's input, or, where it is shared, agreed on with the others."""
+    return in_phase("the next batch" if input_end.is_shared else "input_fn")
 
 
 def draw(batches: Iterator[T], interruption: Interruption, input_end: InputEnd) -> T | None:
@@ -24,7 +30,7 @@ def draw(batches: Iterator[T], interruption: Interruption, input_end: InputEnd) 
       Exception: of the input, as it is; not behind a signal, which may have ended its workers as well.
     """
     try:
-        with in_phase("the next batch" if input_end.is_shared else "input_fn"):
+        with drawing(input_end):
             return next(batches, None)
     except BaseException:
         if interruption.is_first:

@@ -16,10 +16,13 @@ from tpuspec.data.pipeline import HostBatch
 from tpuspec.errors import ConfigError, SpecError
 from tpuspec.host.drain import Drain, DrainedStep
 from tpuspec.host.executor import HostExecutor
+from tpuspec.loops.agreement import InputEnd
+from tpuspec.loops.draw import drawing
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import run_host_function
 from tpuspec.precision import for_host
 from tpuspec.spec.backend import Backend, CompiledStep
+from tpuspec.spec.phase import mark_step
 from tpuspec.summary.writer import SummaryWriter
 
 
@@ -40,6 +43,7 @@ class PredictLoop:
       hooks: of this call.
       writer: default writer of host_call.
       global_step: of the weights; the default step of summaries.
+      input_end: of the input.
     """
 
     backend: Backend
@@ -51,6 +55,7 @@ class PredictLoop:
     hooks: HookRunner
     writer: SummaryWriter
     global_step: int
+    input_end: InputEnd = field(default_factory=InputEnd)
     _arrived: deque[DrainedStep] = field(default_factory=deque, init=False)
 
     def run(self) -> Generator[DrainedStep, None, None]:
@@ -60,10 +65,12 @@ class PredictLoop:
         with self.hooks:
             for number in itertools.count(1):
                 try:
-                    batch = next(self.batches, None)
+                    with drawing(self.input_end):
+                        batch = next(self.batches, None)
                     if batch is not None:
                         drain.submit(number, self.step(self.backend.feed(batch.replicas)), batch.rows)
                 except Exception as error:
+                    mark_step(error, number)
                     failure, batch = error, None
                 yield from self._yield_arrived(left=0 if batch is None else self.most_ahead)
                 if batch is None or self.hooks.context.stop_requested:

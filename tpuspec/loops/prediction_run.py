@@ -52,6 +52,7 @@ class PredictionRun:
             loop = PredictLoop(
                 backend=backend, step=prepared.step, batches=prepared.batches, executor=executor,
                 copies=prepared.copies, most_ahead=self.queue_size, writer=writer, global_step=session.global_step,
+                input_end=prepared.input_end,
                 hooks=HookRunner(self.hooks, context, writer=writer, summary_step=session.global_step))
             stack.enter_context(session.with_buffers_of_chief())
             stack.push(ends_input(prepared.input_end))

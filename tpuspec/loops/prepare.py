@@ -26,6 +26,7 @@ from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
 from tpuspec.spec.backend import CompiledStep
 from tpuspec.spec.functions import check_model_fn_call
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch
 
 logger = logging.getLogger(__name__)
@@ -113,13 +114,15 @@ class Preparation:
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
             seed=self._seed, starts=starts, strict_start=strict_start, batch_axis=self._batch_axis)
-        batches, input_end = agreed_input(
-            lambda: InputPipeline(settings), self._config.prefetch_batches, backend.coordinator, self.plan,
-            backend.topology, mode)
+        with in_phase("input_fn"):
+            batches, input_end = agreed_input(
+                lambda: InputPipeline(settings), self._config.prefetch_batches, backend.coordinator, self.plan,
+                backend.topology, mode)
         try:
             restore_random()
             random_state = ProcessRandomState.take()
-            first = next(batches)
+            with in_phase("input_fn"):
+                first = next(batches)
             warn_of_mixed_precision(first.replicas[0], session.module)
             check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
             call = self._model_fn_call()
