@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -115,3 +116,11 @@ def leaves_nothing_behind() -> Iterator[None]:
     if leaks:
         before.restore()
         pytest.fail("This test leaks:\n" + "\n".join(f"- {leak}" for leak in leaks), pytrace=False)
+
+
+@pytest.fixture
+def signals_as_in_a_terminal() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and with it the tests of signals would."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -5,8 +5,9 @@ import zlib
 import pytest
 import torch
 
+from tests.checkpoints import rewrite_manifest
 from tpuspec.checkpoint.format import is_complete
-from tpuspec.checkpoint.manifest import NEEDS_TPUSPEC, _seal
+from tpuspec.checkpoint.manifest import NEEDS_TPUSPEC
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
@@ -73,17 +74,8 @@ def test_fault_14_a_truncation_at_any_byte_is_found(checkpoint, name):
     assert _load(checkpoint).model["w"].tolist() == [1.0] * 3
 
 
-def _rewrite(checkpoint, **changes):
-    """Writes another manifest with a right checksum."""
-    file = checkpoint / "manifest.json"
-    body = json.loads(file.read_text())
-    del body["crc32"]
-    file.write_bytes(_seal(body | changes))
-    return file
-
-
 def test_fault_16_a_newer_format_names_the_version_it_needs_and_is_left_alone(checkpoint):
-    file = _rewrite(checkpoint, format_version=2, needs_tpuspec="7.1.0")
+    file = rewrite_manifest(checkpoint, format_version=2, needs_tpuspec="7.1.0")
     before = file.read_bytes()
     with pytest.raises(CheckpointError, match=r"needs tpuspec >= 7.1.0: it has format 2, and this is tpuspec \d"):
         _load(checkpoint)
@@ -100,7 +92,7 @@ def test_the_manifest_says_what_it_needs(checkpoint):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a\0b", "-x", ""])
 def test_fault_20_a_manifest_that_names_files_elsewhere_is_refused(checkpoint, name):
-    _rewrite(checkpoint, files={name: {"size": 1, "crc32": 1}})
+    rewrite_manifest(checkpoint, files={name: {"size": 1, "crc32": 1}})
     with pytest.raises(CheckpointError, match="names files outside its folder"):
         _load(checkpoint)
 
@@ -119,7 +111,7 @@ def test_fault_20_a_hostile_header_takes_no_memory(checkpoint):
     file.write_bytes(content)
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     files[file.name] = {"size": len(content), "crc32": zlib.crc32(content)}
-    _rewrite(checkpoint, files=files)
+    rewrite_manifest(checkpoint, files=files)
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: it is no safetensors file"):
         _load(checkpoint)
 
@@ -183,15 +175,15 @@ def _files(sharded):
 def test_fault_20_a_manifest_without_one_of_the_shards_is_refused(sharded):
     for name in list(_files(sharded)):
         if name.startswith("model"):
-            _rewrite(sharded, files={other: entry for other, entry in _files(sharded).items() if other != name})
+            rewrite_manifest(sharded, files={other: entry for other, entry in _files(sharded).items() if other != name})
             with pytest.raises(CheckpointError, match=f"is no complete checkpoint: it has no {name}"):
                 _load(sharded)
-            _rewrite(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
+            rewrite_manifest(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
 
 
 @pytest.mark.parametrize("name", ["../model-00001-of-00003.safetensors", "a/model.safetensors", "/etc/passwd"])
 def test_fault_20_a_shard_elsewhere_is_refused(sharded, name):
-    _rewrite(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
+    rewrite_manifest(sharded, files=_files(sharded) | {name: {"size": 1, "crc32": 1}})
     with pytest.raises(CheckpointError, match="names files outside its folder"):
         _load(sharded)
 
@@ -207,13 +199,14 @@ def test_fault_20_a_link_in_the_place_of_a_shard_is_refused(sharded):
 def test_fault_20_a_tensor_in_two_shards_is_refused(sharded):
     first, second = (sharded / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
     second.write_bytes(first.read_bytes())
-    _rewrite(sharded, files=_files(sharded) | {second.name: _files(sharded)[first.name]})
+    rewrite_manifest(sharded, files=_files(sharded) | {second.name: _files(sharded)[first.name]})
     with pytest.raises(CheckpointError, match="has 'a' in two of its files"):
         _load(sharded)
 
 
 def test_fault_20_counts_of_shards_that_no_memory_could_hold_take_none(sharded):
     state = _files(sharded)["state.json"]
-    _rewrite(sharded, files={"model-00001-of-99999.safetensors": {"size": 2**60, "crc32": 1}, "state.json": state})
+    shard = {"size": 2**60, "crc32": 1}
+    rewrite_manifest(sharded, files={"model-00001-of-99999.safetensors": shard, "state.json": state})
     with pytest.raises(CheckpointError, match="it has no model-00002-of-99999.safetensors"):
         _load(sharded)

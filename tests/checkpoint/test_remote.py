@@ -11,6 +11,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.checkpoints import newest_value, state_of
 from tests.remote_folders import Stopped, dying_at
 from tpuspec.checkpoint.__main__ import main
 from tpuspec.checkpoint.folder import InUseError
@@ -19,7 +20,6 @@ from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.remote import LEASE_SECONDS
 from tpuspec.checkpoint.remote_lock import STALE_SECONDS
-from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError, ConfigError
 
@@ -31,30 +31,16 @@ def address(request, tmp_path):
     return f"memory://test/{next(_numbers)}" if request.param == "memory" else f"disk://{tmp_path}/run"
 
 
-def _state(step: int, value: float = 1.0) -> TrainingState:
-    return TrainingState(global_step=step, model={"w": torch.full((3,), value)},
-                         optimizers={"": {"state": {0: {"m": torch.full((3,), value)}}, "param_groups": []}})
-
-
 def _save(address: str, step: int, value: float = 1.0, *, keep: int | None = None, **options) -> CheckpointStore:
     store = CheckpointStore(address, sleep=lambda seconds: None, **options)
     store.prepare()
-    CheckpointManager(store, SavePolicy(1, None), RetentionPolicy(max_to_keep=keep)).save(_state(step, value))
+    CheckpointManager(store, SavePolicy(1, None), RetentionPolicy(max_to_keep=keep)).save(state_of(step, value))
     return store
 
 
 def _names(address: str) -> list[str]:
     fs, path = fsspec.url_to_fs(address)
     return sorted(name.removeprefix(path).lstrip("/") for name in fs.find(path))
-
-
-def _value(address: str, **options) -> float:
-    store = CheckpointStore(address, **options)
-    store.prepare()
-    state = store.load(store.latest())
-    values = {*state.model["w"].tolist(), *state.optimizers[""]["state"][0]["m"].tolist()}
-    assert len(values) == 1, "a mix"
-    return values.pop()
 
 
 def test_a_state_comes_back(address):
@@ -80,11 +66,11 @@ def test_a_step_that_is_saved_again_is_another_generation(address):
     with store.reading(store.path(1)):
         _save(address, 1, 2.0)
         assert "checkpoint-1/manifest.json" in _names(address), "the first is being read"
-    assert _value(address) == 2.0
+    assert newest_value(address) == 2.0
     assert _names(address) == [f"checkpoint-1/1-{name}" for name in (
         "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")]
     _save(address, 1, 3.0)
-    assert _value(address) == 3.0
+    assert newest_value(address) == 3.0
 
 
 @pytest.mark.parametrize(("step", "keep"), [(2, None), (1, None), (2, 1)], ids=["new", "again", "with_retention"])
@@ -108,7 +94,7 @@ def test_fault_02_04_13_after_a_death_at_any_change_the_old_or_the_new_is_whole(
         store = CheckpointStore(address)
         assert store.load(store.latest()).model["w"][0] in (1.0, 2.0), "a reader's look, which mends nothing"
         # When the leases of the dead have ended, prepare deletes what they left.
-        seen.add(_value(address, clock=lambda: time.time() + 2 * LEASE_SECONDS))
+        seen.add(newest_value(address, clock=lambda: time.time() + 2 * LEASE_SECONDS))
         assert len(_names(address)) == 4 * len(store.steps())
     assert seen == {1.0, 2.0}
 
@@ -119,7 +105,7 @@ def test_fault_02_a_manifest_that_was_cut_off_counts_not(address):
     fs, path = fsspec.url_to_fs(address)
     manifest = f"{path}/checkpoint-2/manifest.json"
     fs.pipe_file(manifest, fs.cat_file(manifest)[:-10])
-    assert _value(address) == 1.0
+    assert newest_value(address) == 1.0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -133,7 +119,7 @@ def test_fault_14_damage_is_found_and_passed_over(address, name, caplog):
     fs.pipe_file(file, bytes(content))
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
         CheckpointStore(address).load(f"{address}/checkpoint-2")
-    assert _value(address) == 1.0
+    assert newest_value(address) == 1.0
     assert "Falling back to the checkpoint before it" in caplog.text
     assert main(["verify", address]) == 3
 
@@ -205,7 +191,7 @@ def test_fault_51_a_writer_that_lost_its_lock_commits_nothing(address):
     with store.writing():
         fs.pipe_file(f"{path}/.writer.json", json.dumps({"host": "elsewhere", "pid": 7, "token": "x"}).encode())
         with pytest.raises(CheckpointError, match="process 7 on host elsewhere, .* has taken the lock of model_dir"):
-            store.save(_state(1))
+            store.save(state_of(1))
         assert store.steps() == []
     assert ".writer.json" in _names(address), "it is another's"
 
@@ -220,7 +206,7 @@ def test_an_error_of_the_client_is_a_checkpoint_error(monkeypatch, address):
     with monkeypatch.context() as patch:
         patch.setattr(type(fs), "open", fail)
         with pytest.raises(CheckpointError, match="checkpoint-2 could not be written .*RuntimeError: 403 Forbidden"):
-            store.save(_state(2))
+            store.save(state_of(2))
     with monkeypatch.context() as patch:
         patch.setattr(type(fs), "pipe_file", fail)
         assert store.load(store.path(1)).global_step == 1, "a reader needs no right to write"

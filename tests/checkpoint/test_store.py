@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.checkpoints import state_of
 from tpuspec.checkpoint.restore import load_into_module
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -17,11 +18,6 @@ def store(tmp_path):
     store = CheckpointStore(tmp_path / "run")
     store.prepare()
     return store
-
-
-def _state(step: int, value: float = 1.0) -> TrainingState:
-    return TrainingState(global_step=step, model={"w": torch.full((3,), value)},
-                         optimizers={"": {"state": {0: {"m": torch.full((3,), value)}}, "param_groups": []}})
 
 
 def _names(store: CheckpointStore) -> list[str]:
@@ -129,14 +125,14 @@ def test_tied_weights_are_saved_under_both_names(store):
 
 
 def test_saving_has_read_all_when_it_returns_and_changes_nothing(store):
-    state = _state(1, value=2.0)
+    state = state_of(1, value=2.0)
     path = store.save(state)
     state.model["w"].zero_()
     assert store.load(path).model["w"].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_loaded_tensors_outlive_the_files(store):
-    path = store.save(_state(1))
+    path = store.save(state_of(1))
     state = store.load(path)
     os.truncate(path / "model.safetensors", 0)
     store.delete(1)
@@ -145,14 +141,14 @@ def test_loaded_tensors_outlive_the_files(store):
 
 
 def test_saving_a_step_again_replaces_it(store):
-    store.save(_state(1, value=1.0))
-    path = store.save(_state(1, value=9.0))
+    store.save(state_of(1, value=1.0))
+    path = store.save(state_of(1, value=9.0))
     assert store.load(path).model["w"].tolist() == [9.0] * 3
     assert _names(store) == ["checkpoint-1"]
 
 
 def test_all_files_have_the_same_permissions(store):
-    path = store.save(_state(1))
+    path = store.save(state_of(1))
     assert len({stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}) == 1
 
 
@@ -162,13 +158,13 @@ def test_a_failed_save_touches_nothing(store, monkeypatch, broken, step):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    store.save(_state(1, value=1.0))
+    store.save(state_of(1, value=1.0))
     with monkeypatch.context() as patch:
         patch.setattr(broken, fail)
         message = (rf"checkpoint-{step} could not be written to .*run'; the earlier ones are untouched. "
                    r"It needs \d+ bytes, and [\d,]+ are free")
         with pytest.raises(CheckpointError, match=message) as caught:
-            store.save(_state(step, value=2.0))
+            store.save(state_of(step, value=2.0))
     assert isinstance(caught.value.__cause__, OSError)
     assert _names(store) == ["checkpoint-1"]
     assert store.load(store.path(1)).model["w"].tolist() == [1.0] * 3
@@ -177,7 +173,7 @@ def test_a_failed_save_touches_nothing(store, monkeypatch, broken, step):
 def test_saving_without_the_folder_is_a_checkpoint_error(store):
     shutil.rmtree(store.model_dir)
     with pytest.raises(CheckpointError, match=r"checkpoint-1 could not be written .*FileNotFoundError"):
-        store.save(_state(1))
+        store.save(state_of(1))
 
 
 def test_a_state_that_cannot_be_stored_writes_nothing(store):
@@ -188,7 +184,7 @@ def test_a_state_that_cannot_be_stored_writes_nothing(store):
 
 def test_steps_are_sorted_by_number_and_foreign_folders_passed_over(store):
     for step in (10, 9, 100, 0):
-        store.save(_state(step))
+        store.save(state_of(step))
     for name in ("checkpoint-7", "checkpoint-x", "checkpoint-012", "checkpoint--1", ".tmp-checkpoint-3-00000000",
                  "eval", "checkpoint-٣"):
         (store.model_dir / name).mkdir()
@@ -206,14 +202,14 @@ def test_without_checkpoints_there_is_no_latest(store, tmp_path):
 
 
 def test_a_moved_model_dir_works(store, tmp_path):
-    store.save(_state(4))
+    store.save(state_of(4))
     moved = CheckpointStore(shutil.move(store.model_dir, tmp_path / "elsewhere"))
     assert moved.latest() == tmp_path / "elsewhere" / "checkpoint-4"
     assert moved.load(moved.path(4)).model["w"].tolist() == [1.0] * 3
 
 
 def test_loading_the_model_alone_does_not_open_the_optimizers_file(store):
-    path = store.save(_state(1))
+    path = store.save(state_of(1))
     (path / "optimizer.safetensors").write_bytes(b"not read")
     state = store.load(path, optimizers=False)
     assert state.optimizers == {}
@@ -223,8 +219,8 @@ def test_loading_the_model_alone_does_not_open_the_optimizers_file(store):
 
 
 def test_delete_removes_the_checkpoint(store):
-    store.save(_state(1))
-    store.save(_state(2))
+    store.save(state_of(1))
+    store.save(state_of(2))
     store.delete(1)
     assert _names(store) == ["checkpoint-2"]
     with pytest.raises(CheckpointError, match=r"step 1 could not be deleted: .*No such file"):
@@ -232,7 +228,7 @@ def test_delete_removes_the_checkpoint(store):
 
 
 def test_prepare_deletes_what_a_killed_writer_left(store):
-    store.save(_state(1))
+    store.save(state_of(1))
     shutil.copytree(store.path(1), store.model_dir / ".tmp-checkpoint-2-0123abcd")
     shutil.copytree(store.path(1), store.model_dir / ".del-checkpoint-0-0123abcd")
     store.prepare()
@@ -240,7 +236,7 @@ def test_prepare_deletes_what_a_killed_writer_left(store):
 
 
 def test_prepare_gives_a_checkpoint_back_that_was_moved_aside_and_not_replaced(store):
-    os.replace(store.save(_state(1, value=3.0)), store.model_dir / ".old-checkpoint-1-0123abcd")
+    os.replace(store.save(state_of(1, value=3.0)), store.model_dir / ".old-checkpoint-1-0123abcd")
     store.prepare()
     assert _names(store) == ["checkpoint-1"]
     assert store.load(store.path(1)).model["w"].tolist() == [3.0] * 3
@@ -251,15 +247,15 @@ def test_times_are_those_of_the_commits_and_of_the_first_one_ever(tmp_path):
     store = CheckpointStore(tmp_path, clock=lambda: next(times))
     assert store.started_at_seconds() is None
     for step in (1, 2):
-        store.save(_state(step))
+        store.save(state_of(step))
     store.delete(1)
-    store.save(_state(3))
+    store.save(state_of(3))
     assert store.saved_at_seconds() == [(2, 20.0), (3, 30.0)]
     assert store.started_at_seconds() == 10.0
 
 
 def test_a_damaged_checkpoint_does_not_stop_the_next_save(store):
-    store.save(_state(1))
-    (store.save(_state(2)) / "state.json").write_text("{")
-    store.save(_state(3))
+    store.save(state_of(1))
+    (store.save(state_of(2)) / "state.json").write_text("{")
+    store.save(state_of(3))
     assert [step for step, _ in store.saved_at_seconds()] == [1, 3]

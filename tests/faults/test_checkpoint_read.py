@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.checkpoints import rewrite_manifest
 from tests.regression import make_trainer, num_compiles, regression_rows, rows_input
 from tpuspec import train
 from tpuspec.checkpoint.__main__ import main
-from tpuspec.checkpoint.manifest import _seal
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.cli.launch import report
 from tpuspec.errors import CheckpointError, ConfigError
@@ -93,16 +93,8 @@ def test_fault_15_a_folder_of_a_save_that_was_cut_off_is_no_checkpoint(trained):
     assert make_trainer(trained).latest_checkpoint() == str(trained / "checkpoint-0")
 
 
-def _rewrite(checkpoint: Path, **changes) -> bytes:
-    file = checkpoint / "manifest.json"
-    body = json.loads(file.read_text())
-    del body["crc32"]
-    file.write_bytes(_seal(body | changes))
-    return file.read_bytes()
-
-
 def test_fault_16_a_newer_format_is_refused_and_left_alone(trained, capsys):
-    before = _rewrite(trained / "checkpoint-2", format_version=99, needs_tpuspec="9.1")
+    before = rewrite_manifest(trained / "checkpoint-2", format_version=99, needs_tpuspec="9.1").read_bytes()
     for call in (lambda: make_trainer(trained).train(rows_input(), max_steps=4),
                  lambda: make_trainer(trained).evaluate(rows_input())):
         with pytest.raises(CheckpointError, match=r"needs tpuspec >= 9\.1") as caught:
@@ -181,7 +173,7 @@ def test_fault_19_a_pickle_under_every_accepted_name_is_never_executed(tmp_path,
             bomb = (newest / name).read_bytes()
             original = (newest / "manifest.json").read_bytes()
             files = json.loads(original)["files"]
-            _rewrite(newest, files=files | {name: {"size": len(bomb), "crc32": zlib.crc32(bomb)}})
+            rewrite_manifest(newest, files=files | {name: {"size": len(bomb), "crc32": zlib.crc32(bomb)}})
         for command in ("list", "verify", "show"):
             main([command, str(newest)])
         with pytest.raises((CheckpointError, ValueError), match=r"damaged|JSON|utf-8|codec|Expecting"):
@@ -198,7 +190,7 @@ def test_fault_19_a_pickle_under_every_accepted_name_is_never_executed(tmp_path,
 
 
 def test_fault_20_a_hostile_checkpoint_is_refused_with_code_3(trained, capsys):
-    _rewrite(trained / "checkpoint-2", files={"../../secret": {"size": 1, "crc32": 1}})
+    rewrite_manifest(trained / "checkpoint-2", files={"../../secret": {"size": 1, "crc32": 1}})
     with pytest.raises(CheckpointError, match="names files outside its folder") as caught:
         make_trainer(trained).evaluate(rows_input(), checkpoint_path=trained / "checkpoint-2")
     assert report(caught.value) == 3

@@ -7,38 +7,22 @@ import shutil
 import threading
 
 import pytest
-import torch
 
+from tests.checkpoints import newest_value, state_of
 from tests.faults.system_calls import Killed, SystemCalls, names, system_calls
 from tests.regression import make_trainer, rows_input
 from tpuspec.checkpoint import disk
 from tpuspec.checkpoint.format import Reader
 from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
-from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
-
-
-def _state(step: int, value: float) -> TrainingState:
-    return TrainingState(global_step=step, model={"w": torch.full((3,), value)},
-                         optimizers={"": {"state": {0: {"m": torch.full((3,), value)}}, "param_groups": []}})
-
-
-def _value(model_dir) -> float:
-    """The value of the newest checkpoint, the same in all its parts."""
-    store = CheckpointStore(model_dir)
-    store.prepare()
-    state = store.load(store.latest())
-    values = {*state.model["w"].tolist(), *state.optimizers[""]["state"][0]["m"].tolist()}
-    assert len(values) == 1, "a mix"
-    return values.pop()
 
 
 def _save(model_dir, step: int, value: float, *, keep: int | None = None) -> None:
     manager = CheckpointManager(CheckpointStore(model_dir, sleep=lambda seconds: None), SavePolicy(1, None),
                                 RetentionPolicy(max_to_keep=keep))
-    manager.save(_state(step, value))
+    manager.save(state_of(step, value))
 
 
 def _num_calls(model_dir, step: int, keep: int | None) -> int:
@@ -72,7 +56,7 @@ def test_fault_02_04_05_13_after_a_fault_at_any_call_the_old_or_the_new_is_whole
                 done = True
             except (Killed, CheckpointError):
                 done = False
-        value = _value(model_dir)
+        value = newest_value(model_dir)
         assert value == 2.0 if done else value in (1.0, 2.0), number
         assert all(name.startswith("checkpoint-") for name in names(model_dir)), "prepare mends what was left"
         seen.add(value)
@@ -178,7 +162,7 @@ def test_fault_06_without_space_the_error_says_what_is_needed_and_nothing_is_pru
 def test_fault_07_the_folder_for_temporary_files_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/proc/none")
     _save(tmp_path, 1, 1.0)
-    assert _value(tmp_path) == 1.0
+    assert newest_value(tmp_path) == 1.0
 
 
 def test_fault_09_an_io_error_that_passes_is_overcome(tmp_path, caplog):
@@ -186,7 +170,7 @@ def test_fault_09_an_io_error_that_passes_is_overcome(tmp_path, caplog):
     for number in range(4):
         with system_calls(SystemCalls(number)):
             _save(tmp_path, 2 + number, 2.0)
-    assert _value(tmp_path) == 2.0
+    assert newest_value(tmp_path) == 2.0
     assert "Trying again in 0.1 s" in caplog.text
 
 
@@ -213,7 +197,7 @@ def test_fault_14_the_newest_damaged_one_is_passed_over_loudly(tmp_path, caplog)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert _value(tmp_path) == 1.0
+    assert newest_value(tmp_path) == 1.0
     assert "checksum mismatch in model.safetensors" in caplog.text
     with pytest.raises(CheckpointError, match="checksum mismatch in model.safetensors"):
         CheckpointStore(tmp_path).load(tmp_path / "checkpoint-2")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.hosts.conftest import ROOT, free_port
+from tests.free_port import free_port
+from tests.hosts.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -13,13 +13,7 @@ from tpuspec.loops import interruption as module
 from tpuspec.loops.interruption import interruptible
 from tpuspec.spec.phase import in_phase
 
-
-@pytest.fixture(autouse=True)
-def signals_as_in_a_terminal():
-    """A shell's background job ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 
 
 def send(number):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.free_port import free_port
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = {"native1": 1, "native3": 3, "xla1": 1, "xla4": 1, "spmd4": 1}  # and their processes
 MOST = 1e-5
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def start(backend: str, num_processes: int, out: Path) -> list[subprocess.Popen[str]]:

@@ -23,6 +23,8 @@ from tests.regression import (
 from tpuspec import TPUEstimatorSpec
 from tpuspec.errors import CheckpointError, ConfigError, HostCallError
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 
 @pytest.mark.parametrize("use_tpu", [True, False])
 def test_host_call_error_names_host_call_and_step(use_tpu, tmp_path):
@@ -249,14 +251,6 @@ def test_a_lazy_module_is_refused_with_the_mend(tmp_path):
     trainer = make_trainer(tmp_path, model=lambda params: nn.LazyLinear(1))
     with pytest.raises(ConfigError, match="weight of the model has no shape yet. Run one batch"):
         trainer.train(rows_input(), max_steps=2)
-
-
-@pytest.fixture(autouse=True)
-def signals_as_in_a_terminal():
-    """A shell's background job ignores SIGINT, and with it these tests would."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
