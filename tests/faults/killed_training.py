@@ -24,8 +24,8 @@ _COMMON = ["mode=train", "tpu.iterations_per_loop=3", f"run.save_checkpoints_ste
 # gpt_bytes reads Python's own json: nobody edits that while a test runs.
 SETTINGS = {
     "digits": [*_COMMON, "config=digits", "params.width=4"],
-    "gpt_bytes": [*_COMMON, "config=gpt_bytes", "report=null", f"params.folder={Path(json.__file__).parent}", "params.length=16",
-                  "params.width=16", "params.num_layers=2", "params.warm_up_steps=4"],
+    "gpt_bytes": [*_COMMON, "config=gpt_bytes", "report=null", f"params.folder={Path(json.__file__).parent}",
+                  "params.length=16", "params.width=16", "params.num_layers=2", "params.warm_up_steps=4"],
 }
 
 
