@@ -1,6 +1,7 @@
 """What does one training step cost in tpuspec, a traced torch_xla loop, JAX, Lightning and Accelerate, on one device?
 
     python benchmarks/bench_step.py [--workloads mlp cnn gpt convnet] [--contenders ...] [--repeats 5] [--steps N]
+                                    [--plot step.png]
 
 Each contender has a process of its own, which waits until it is told to measure, so that the repeats of all contenders
 interleave: what slows the machine slows all of them. Warm-up is left out. Prints one JSON line for each contender and
@@ -141,12 +142,40 @@ def table(results: Iterable[Measured]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Iterable[Measured], path: Path) -> None:
+    """Draws each contender's median as bars, one group a workload, with the spread, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = list(results)
+    workloads = list(dict.fromkeys(result.workload for result in results))
+    contenders = list(dict.fromkeys(result.contender for result in results))
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.85 / len(contenders)
+    for number, contender in enumerate(contenders):
+        own = [result for result in results if result.contender == contender]
+        medians = [statistics.median(result.times) for result in own]
+        spread = [[median - min(result.times) for median, result in zip(medians, own, strict=True)],
+                  [max(result.times) - median for median, result in zip(medians, own, strict=True)]]
+        places = [workloads.index(result.workload) + (number - (len(contenders) - 1) / 2) * width for result in own]
+        axes.bar(places, medians, width, yerr=spread, label=contender, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per training step")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=None, help="of one measurement; default: by workload")
+    parser.add_argument("--plot", type=Path, default=None, help="a picture of the medians, such as step.png")
     arguments = parser.parse_args(argv)
     results: list[Measured] = []
     with contextlib.ExitStack() as stack:
@@ -169,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(result.line(trainer), flush=True)
             results += measured
     print(table(results))
+    if arguments.plot is not None:
+        plot(results, arguments.plot)
 
 
 if __name__ == "__main__":
