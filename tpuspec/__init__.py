@@ -4,6 +4,7 @@ from tpuspec import export, metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
 from tpuspec.export.receiver import ServingInputReceiver
 from tpuspec.runtime.launch import LaunchInfo, launch_info
+from tpuspec.schedule import early_stopping
 from tpuspec.schedule.exporters import BestExporter, Exporter, FinalExporter, LatestExporter
 from tpuspec.schedule.specs import EvalSpec, TrainSpec
 from tpuspec.schedule.train_and_evaluate import train_and_evaluate
@@ -45,6 +46,7 @@ __all__ = [
     "TrainOp",
     "TrainSpec",
     "Trainer",
+    "early_stopping",
     "export",
     "launch_info",
     "metrics",

@@ -185,7 +185,9 @@ def _as_data(value: Any) -> Any:
         return [_as_data(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return _as_data(value.tolist())
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _from_data(value: Any) -> Any:
@@ -193,7 +195,7 @@ def _from_data(value: Any) -> Any:
         return {key: _from_data(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_from_data(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _read_parts(source: Path) -> Iterator[bytes]:
