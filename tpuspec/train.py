@@ -29,6 +29,7 @@ from tpuspec.schedule.exporters import compare_metric
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
 _MOST_SECONDS_TO_END = 8.0
+_EVALUATOR_SECONDS = 5  # from one look for a new checkpoint to the next
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
@@ -113,12 +114,14 @@ def train(job: Job, trainer: tpuspec.Trainer, functions: Functions,
         write_record(trainer.model_dir, job.resolved, environment)
     saves = trainer.config.save_checkpoints_steps or trainer.config.save_checkpoints_secs
     exporters = make_exporters(settings, functions)
-    if settings.mode is Mode.train or not (saves or exporters):
+    is_evaluator = trainer.config.cluster.task_type == "evaluator"
+    if settings.mode is Mode.train or not (saves or exporters or is_evaluator):
         trainer.train(functions.input_fn, steps=settings.run.steps, max_steps=settings.run.max_steps)
         return {}
     metrics, _ = tpuspec.train_and_evaluate(
         trainer, tpuspec.TrainSpec(functions.input_fn, max_steps=settings.run.max_steps),
-        tpuspec.EvalSpec(functions.input_fn, steps=settings.run.eval_steps, exporters=exporters, throttle_secs=0))
+        tpuspec.EvalSpec(functions.input_fn, steps=settings.run.eval_steps, exporters=exporters, start_delay_secs=0,
+                         throttle_secs=_EVALUATOR_SECONDS if is_evaluator else 0))
     return metrics or {}
 
 
