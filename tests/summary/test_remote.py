@@ -8,7 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from tpuspec.summary import create_file_writer
+from tpuspec.summary import create_file_writer, event_file
 from tpuspec.summary.remote import SECONDS_BETWEEN_UPLOADS, RemoteTensorBoardWriter
 
 
@@ -53,6 +53,14 @@ def test_once_a_minute_it_is_uploaded_without_a_flush(address, tmp_path):
     writer.histogram("a", [1.0], 2)
     assert _steps(address, tmp_path) == [1, 2]
     writer.close()
+
+
+def test_writers_one_behind_the_other_leave_nothing_in_memory(address):
+    for step in range(3):
+        writer = RemoteTensorBoardWriter(address)
+        writer.scalar("a", 1.0, step)
+        writer.close()
+    assert sum("tpuspec-events-" in path for path in event_file._closed.values()) <= 1
 
 
 def test_a_place_that_refuses_is_warned_of_and_left_out(address, monkeypatch, caplog):

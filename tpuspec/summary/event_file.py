@@ -65,6 +65,8 @@ class EventFile:
         """Closes the file, from which on the next one of this folder writes."""
         if not self._file.closed:
             self._file.close()
+            for key in [key for key, path in _closed.copy().items() if not os.path.exists(path)]:
+                _closed.pop(key, None)  # of a folder that is gone, as a remote writer's is
             _closed[os.getpid(), self._logdir] = self.path
 
     def _write(self, event: Event) -> None:
