@@ -347,6 +347,10 @@ def validate(config: RunConfig) -> None:
     parse_precision(config.precision)
     if not isinstance(config.tpu_config, TPUConfig):
         raise ConfigError(f"tpu_config must be a TPUConfig; got {type(config.tpu_config).__name__}.")
+    num_at_once = config.tpu_config.steps_per_execution
+    if num_at_once > 1 and config.capture is CaptureMode.off:
+        raise ConfigError(f"steps_per_execution={num_at_once} needs a captured step, and capture=off traces each one. "
+                          "Set capture=auto, or steps_per_execution=1.")
     if not isinstance(config.show_progress, bool):
         raise ConfigError(f"show_progress must be True or False; got {config.show_progress!r}.")
     for name in ("async_checkpoints", "stop_on_nan", "allow_inexact_resume"):

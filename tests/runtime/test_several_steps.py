@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from tests.runtime.test_capture import (
     text,
 )
 from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, Trainer
-from tpuspec.errors import CaptureError, ConfigError, NonFiniteLossError
+from tpuspec.errors import CaptureError, ConfigError, NonFiniteLossError, SpecError
 from tpuspec.runtime.several_steps import SeveralSteps
 
 
@@ -133,6 +135,25 @@ def test_a_resumed_run_stands_behind_the_last_step_of_a_program(sizes, tmp_path)
         assert torch.equal(value, several._sessions[True].model_state()[name]), name
 
 
+def test_a_signal_between_two_programs_saves_the_last_finished_step(sizes, tmp_path):
+    def input_fn(params):
+        for number, batch in enumerate(batches(rows)(params)):
+            if number == 29:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    trainer = Trainer(classify, model=nn.Linear(4, 3), optimizer=sgd, train_batch_size=BATCH, model_dir=tmp_path,
+                      config=RunConfig(seed=5, show_progress=False, allow_inexact_resume=True, tpu_config=TPUConfig(
+                          iterations_per_loop=100, steps_per_execution=4)))
+    RECORDED.clear()
+    with pytest.raises(SystemExit) as error:
+        trainer.train(input_fn, steps=200)
+    assert error.value.code == 143
+    assert 4 in sizes
+    assert 26 <= len(RECORDED) <= 29
+    assert Path(trainer.latest_checkpoint()).name.lstrip("step_0") == str(len(RECORDED))
+
+
 def test_a_loss_that_is_not_finite_is_found_at_its_step(sizes, tmp_path):
     def input_fn(params):
         for number, (features, labels) in enumerate(itertools.islice(batches(rows)(params), 60)):
@@ -143,15 +164,16 @@ def test_a_loss_that_is_not_finite_is_found_at_its_step(sizes, tmp_path):
     assert 4 in sizes
 
 
-def test_accumulated_gradients_run_one_at_a_time_and_say_so(sizes, tmp_path, caplog):
-    params = {"minimize": {"accumulate_steps": 2}}
-    model = nn.Linear(4, 3)
-    alone = run("auto", classify, model, sgd, batches(rows), tmp_path, params=params, steps=20)
-    together = run("auto", classify, model, sgd, batches(rows), tmp_path, params=params, steps=20,
-                   steps_per_execution=4)
-    assert set(sizes) == {1}
-    assert caplog.text.count("steps_per_execution=4 has no effect on a step that accumulates gradients") == 1
-    assert_same(alone, together)
+def test_accumulated_gradients_are_refused_before_the_first_step(tmp_path):
+    with pytest.raises(SpecError, match="accumulate_steps=2 makes an update of several batches, and "
+                                        "steps_per_execution=4 a program of several updates"):
+        run("auto", classify, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=20, steps_per_execution=4,
+            params={"minimize": {"accumulate_steps": 2}})
+
+
+def test_steps_that_are_all_traced_are_refused():
+    with pytest.raises(ConfigError, match="steps_per_execution=4 needs a captured step, and capture=off traces"):
+        RunConfig(capture="off", tpu_config=TPUConfig(steps_per_execution=4))
 
 
 COUNTER = {"calls": 0}
@@ -162,14 +184,13 @@ def counting(features, labels, mode, params, model, optimizer):
     return classify(features * (2.0 if COUNTER["calls"] % 3 == 0 else 1.0), labels, mode, params, model, optimizer)
 
 
-@pytest.mark.parametrize("capture", ["off", "auto"])
-def test_a_step_that_is_traced_runs_one_at_a_time(capture, sizes, tmp_path):
+def test_a_step_that_cannot_be_captured_runs_one_at_a_time(sizes, tmp_path):
     model = nn.Linear(4, 3)
     COUNTER["calls"] = 0
     alone = run("off", counting, model, sgd, batches(rows), tmp_path, steps=30)
     COUNTER["calls"] = 0
-    together = run(capture, counting, model, sgd, batches(rows), tmp_path, steps=30, steps_per_execution=4)
-    assert set(sizes) <= {1}
+    together = run("auto", counting, model, sgd, batches(rows), tmp_path, steps=30, steps_per_execution=4)
+    assert set(sizes) == {1}
     assert kind(together[2]) == "traced"
     assert_same(alone, together)
 

@@ -68,7 +68,7 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
     scaffold = _make_scaffold(spec, on_xla=call.on_xla)
     call.check_tensors(spec)
     if call.mode is ModeKeys.TRAIN:
-        _check_train_op(spec, replica, call.num_replicas)
+        _check_train_op(spec, replica, call)
     if isinstance(spec, EstimatorSpec):
         if call.mode is ModeKeys.EVAL:
             check_metric_names(spec.eval_metric_ops)
@@ -84,14 +84,18 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
     return Rehearsal(scaffold=scaffold, hooks=())
 
 
-def _check_train_op(spec: Spec, replica: Replica, num_replicas: int) -> None:
+def _check_train_op(spec: Spec, replica: Replica, call: ModelFnCall) -> None:
     train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
     if not isinstance(train_op, TrainOp):
         return
     if not train_op.loss.requires_grad:
         raise SpecError("the loss in train_op does not depend on any parameter that requires a gradient. Compute it "
                         "with model_fn's model argument.")
-    check_optimizer(train_op, replica, num_replicas)
+    num_at_once = call.config.tpu_config.steps_per_execution
+    if call.on_xla and num_at_once > 1 and train_op.accumulate_steps > 1:
+        raise SpecError(f"accumulate_steps={train_op.accumulate_steps} makes an update of several batches, and "
+                        f"steps_per_execution={num_at_once} a program of several updates. Set one of them to 1.")
+    check_optimizer(train_op, replica, call.num_replicas)
 
 
 def _make_scaffold(spec: Spec, *, on_xla: bool) -> Scaffold:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,8 +15,6 @@ from tpuspec.runtime.sent_batch import BatchesOfSteps, form_of
 from tpuspec.runtime.slots import read_slots
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
-
-logger = logging.getLogger(__name__)
 
 
 class RatesOfSteps(LearningRates):
@@ -106,7 +103,6 @@ class SeveralSteps:
     def __init__(self, single: Capturing, together: Capturing, rates: RatesOfSteps, num_steps: int) -> None:
         self._single, self._together, self._rates, self._num_steps = single, together, rates, num_steps
         self._newest = single
-        self._is_update = True
 
     @property
     def kind(self) -> str:
@@ -116,19 +112,14 @@ class SeveralSteps:
     @property
     def num_at_once(self) -> int:
         """Steps that `run_several` takes now; 1 where they run one at a time."""
-        is_ready = self._single.kind == "replay" and self._is_update and not self._together.has_given_up
+        is_ready = self._single.kind == "replay" and not self._together.has_given_up
         return self._num_steps if is_ready else 1
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; see `spec.backend.CompiledStep`."""
         self._together.publish()
         self._newest = self._single
-        outputs = self._single(batches, micro_step)
-        if self._is_update and not outputs[0].is_update:
-            self._is_update = False
-            logger.warning("steps_per_execution=%d has no effect on a step that accumulates gradients.",
-                           self._num_steps)
-        return outputs
+        return self._single(batches, micro_step)
 
     def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
         """Dispatches `num_at_once` steps; see `spec.backend.RunsSeveral`."""
