@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.runtime as xr
 from torch import Tensor
 from torch_xla._dynamo.dynamo_bridge import alias_with_buffer_donor_config
 
@@ -104,10 +103,9 @@ def use_device(device: str) -> None:
 
 
 def handles(tensors: Sequence[Tensor]) -> list[int]:
-    """Returns the device buffer behind each tensor; none may be pending."""
-    if xr.is_spmd():
-        # A tensor of a program that is not launched yet has no parts, and torch_xla would read the first of them.
-        _C._xla_wait_device_ops([])
+    """Returns the device buffer behind each tensor; none may be pending. Waits for the programs under way."""
+    # Until its program has run, a tensor has a stand-in for its buffer, of another address; in SPMD none at all.
+    _C._xla_wait_device_ops([])
     return _C._get_tensors_handle(list(tensors)) if tensors else []
 
 
@@ -134,7 +132,8 @@ def host_ops() -> dict[str, int]:
 
 def materialize(tensors: Sequence[Tensor], device: str) -> None:
     """Runs what is pending behind some tensors; does not wait for it."""
-    _C._xla_sync_multi(list(tensors), [device], False, True)
+    if tensors:
+        _C._xla_sync_multi(list(tensors), [device], False, True)
 
 
 def graph_inputs(roots: Sequence[Tensor]) -> list[GraphInput]:

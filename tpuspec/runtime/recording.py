@@ -81,14 +81,18 @@ class Recording:
 class Before:
     """A replica's state before a step, to go back to.
 
+    Nothing is pending on its device then: what is pending after a trace is the step's doing.
+
     Args:
-      replica: its state must not be pending.
+      replica: the replica.
     """
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self.slots = read_slots(replica)
         _settle(self.slots, str(replica.device))
+        if graph.num_pending(str(replica.device)):  # another Trainer's, or the user's own
+            graph.materialize(list(_pending_tensors(str(replica.device)).values()), str(replica.device))
         self.inner = {slot: graph.inner(tensor) for slot, tensor in self.slots.items()}
         # Read now: a tensor that a trace has used has no buffer of its own any more, only a node of the trace.
         self.handles = dict(zip(self.slots, graph.handles(list(self.slots.values())), strict=True))
@@ -257,9 +261,7 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
     gc.collect()  # cycles may hold the tensors of a spec that is gone
     if graph.num_pending(device) <= num_known:
         return
-    kept = [item for item in instances_of(Tensor) if _is_on(item, device)]
-    hidden = {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
-              if is_pending}
+    hidden = _pending_tensors(device)
     left = [tensor for number, tensor in hidden.items() if number not in known]
     recording.roots += left
     if left and watch:
@@ -267,6 +269,13 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
         recording.notes.append(
             f"it leaves {len(left)} tensors behind, of shapes {shapes}, in an attribute, a list or the closure of a "
             "host function. Pass them to metric_fn or host_call in their tensors, or make them buffers")
+
+
+def _pending_tensors(device: str) -> dict[int, Tensor]:
+    """Returns the live tensors of a device that are still to be computed, by their tensor_id."""
+    kept = [item for item in instances_of(Tensor) if _is_on(item, device)]
+    return {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
+            if is_pending}
 
 
 def _is_on(tensor: Tensor, device: str) -> bool:
