@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import re
@@ -398,8 +399,12 @@ def test_a_value_that_a_hook_changes_is_captured_anew_and_told_of(tmp_path, capl
                for record in caplog.records)
 
 
-def test_an_audit_finds_a_step_that_changed_behind_the_capture(tmp_path):
-    """What model_fn looks up by name in another module is not seen beforehand: only tracing again shows the change."""
+@contextlib.contextmanager
+def changing_behind(step):
+    """Yields a model_fn, and a hook that changes what it computes after a step.
+
+    What model_fn looks up by name in another module is not seen beforehand: only tracing again shows the change.
+    """
     module = types.ModuleType("sly")
     module.scale = 1.0
 
@@ -408,18 +413,19 @@ def test_an_audit_finds_a_step_that_changed_behind_the_capture(tmp_path):
 
     class Change(SessionRunHook):
         def after_run(self, context):
-            module.scale = 2.0 if context.step >= 20 else 1.0
+            module.scale = 2.0 if context.step >= step else 1.0
 
     sys.modules["sly"] = module
     try:
-        trainer = Trainer(model_fn, model=nn.Linear(4, 3), optimizer=sgd, params={}, train_batch_size=BATCH,
-                          model_dir=tmp_path,
-                          config=RunConfig(seed=5, show_progress=False, audit_every_steps=30,
-                                           tpu_config=TPUConfig(iterations_per_loop=10)))
-        with pytest.raises(CaptureError, match="no longer what was captured.*a number in it changes"):
-            trainer.train(batches(rows), steps=80, hooks=[Change()])
+        yield model_fn, Change()
     finally:
         del sys.modules["sly"]
+
+
+def test_an_audit_finds_a_step_that_changed_behind_the_capture(tmp_path):
+    with changing_behind(20) as (model_fn, change), pytest.raises(
+            CaptureError, match="no longer what was captured.*a number in it changes"):
+        run("auto", model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=80, hooks=[change])
 
 
 def test_reading_a_weight_within_a_loop_is_an_error(tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from tests.runtime.test_capture import (
     adamw,
     assert_same,
     batches,
+    changing_behind,
     classify,
     conv_net,
     gan,
@@ -211,24 +210,10 @@ def test_hooks_run_between_loops_and_summaries_have_every_step(sizes, tmp_path):
 
 
 def test_a_program_that_changed_is_found_by_an_audit(sizes, tmp_path):
-    """What model_fn looks up by name in another module is not seen beforehand: only tracing again shows the change."""
-    module = types.ModuleType("sly")
-    module.scale = 1.0
-
-    def model_fn(features, labels, mode, params, model, optimizer):
-        return classify(features * sys.modules["sly"].scale, labels, mode, params, model, optimizer)
-
-    class Change(SessionRunHook):
-        def after_run(self, context):
-            module.scale = 2.0 if context.step >= 24 else 1.0
-
-    sys.modules["sly"] = module
-    try:
-        with pytest.raises(CaptureError, match="a program of 4 steps is no longer what was captured"):
-            run("auto", model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, loop=8, steps=80,
-                steps_per_execution=4, hooks=[Change()])
-    finally:
-        del sys.modules["sly"]
+    with changing_behind(24) as (model_fn, change), pytest.raises(
+            CaptureError, match="a program of 4 steps is no longer what was captured"):
+        run("auto", model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, loop=8, steps=80, steps_per_execution=4,
+            hooks=[change])
     assert 4 in sizes
 
 
