@@ -139,15 +139,15 @@ class Exporting:
 
     def _build_module(self) -> nn.Module | None:
         """Builds a module of its own on the host: training goes on with the other one."""
-        if isinstance(self.source.model, nn.Module):
-            return copy.deepcopy(self.source.model).to(_HOST).eval()
-        module = self.source.build_model()
+        own = self.source.model
+        module = copy.deepcopy(own).to(_HOST) if isinstance(own, nn.Module) else self.source.build_model()
         return None if module is None else cast_module(module, self.config.precision).eval()
 
     def _scaffold(self, module: nn.Module | None, receiver: ServingInputReceiver) -> Scaffold:
         """Runs model_fn once, on weights that do not matter; all that is wrong with the spec shows here."""
         with torch.no_grad():
-            spec = self._served(module, receiver, step=0, on_tpu=not self.to_cpu).call_model_fn(receiver.received)
+            spec = self._served(module, receiver, step=0, on_tpu=not self.to_cpu).call_model_fn(
+                {name: tensor.clone() for name, tensor in _weights_of(module).items()}, receiver.received)
         return spec.scaffold or Scaffold() if isinstance(spec, EstimatorSpec) else make_scaffold(spec.scaffold_fn)
 
     def _served(self, module: nn.Module | None, receiver: ServingInputReceiver, *, step: int,
@@ -186,7 +186,7 @@ class _ServedModel:
     Args:
       call: how model_fn is called.
       receiver: makes features of what is received.
-      module: the module; its own tensors are not used.
+      module: the module; its own tensors are neither used nor changed.
       step: the global step that model_fn sees.
     """
 
@@ -195,15 +195,18 @@ class _ServedModel:
 
     def __call__(self, weights: Mapping[str, Tensor], received: Any) -> dict[str, ExportOutput]:
         """Returns the outputs by the name of their signature, in dtypes that numpy has."""
-        outer = _Outer(self._module, self.call_model_fn)
-        spec = functional_call(outer, {f"module.{name}": tensor for name, tensor in weights.items()}, (received,),
-                               strict=True)
+        spec = self.call_model_fn(weights, received)
         assert spec.export_outputs is not None, "the spec has a default in PREDICT"
         return {name: rebuild_output(output, [None if t is None else for_host(t) for t in flatten_output(output)])
                 for name, output in spec.export_outputs.items()}
 
-    def call_model_fn(self, received: Any) -> Any:
-        """Returns model_fn's spec, computed with the tensors that the module has."""
+    def call_model_fn(self, weights: Mapping[str, Tensor], received: Any) -> Any:
+        """Returns model_fn's spec."""
+        outer = _Outer(self._module, self._call_with_module)
+        return functional_call(outer, {f"module.{name}": tensor for name, tensor in weights.items()}, (received,),
+                               strict=True)
+
+    def _call_with_module(self, received: Any) -> Any:
         features = self._receiver.compute_features(received)
         batch = Batch(features=features).map(lambda tensor: cast_tensor(tensor, self._call.config.precision))
         return self._call(Replica(ordinal=0, device=_HOST, model=self._module,
