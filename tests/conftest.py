@@ -12,7 +12,8 @@ from typing import Self
 
 # Before any test module: torch reads the one and torch_xla the other when they are first imported.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
-os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander")  # as tpuspec.runtime.select sets it
+# As tpuspec.runtime.select sets it, and torch_xla completes it when it is first imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander --xla_cpu_enable_fast_math=false")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
 import pytest
