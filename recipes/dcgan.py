@@ -109,6 +109,12 @@ def input_fn(params: Mapping[str, Any], mode: str) -> Dataset[Any]:
     return Items({"noise": noise, "classes": torch.arange(NUM_EVAL_IMAGES) % NUM_CLASSES})
 
 
+def serving_input_fn(params: Mapping[str, Any]) -> tpuspec.ServingInputReceiver:
+    """Returns what a server receives, as the generator takes it: 'noise' [batch, noise] and 'classes' [batch]."""
+    return tpuspec.ServingInputReceiver(
+        {"noise": torch.zeros(1, params["noise"]), "classes": torch.zeros(1, dtype=torch.int64)})
+
+
 def model(params: Mapping[str, Any]) -> nn.Module:
     """Returns both networks in one module."""
     return Gan(params["noise"], params["width"])

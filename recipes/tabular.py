@@ -48,22 +48,38 @@ def load_split(mode: str) -> tuple[Tensor, Tensor, Tensor]:
     Measurements are scaled by the mean and deviation of the training rows; weights are such that both classes count
     alike, and their mean over the training rows is 1.
     """
-    cancer: Any = load_breast_cancer()
-    malignant = 1 - cancer.target
-    train, test = train_test_split(
-        range(len(malignant)), test_size=TEST_SHARE, stratify=malignant, random_state=SPLIT_SEED)
+    measurements, malignant, train, test = _load_rows()
     rows = train if mode == ModeKeys.TRAIN else test
-    x = (cancer.data[rows] - cancer.data[train].mean(0)) / cancer.data[train].std(0)
+    x = (measurements[rows] - measurements[train].mean(0)) / measurements[train].std(0)
     labels = torch.tensor(malignant[rows], dtype=torch.float32)
     share = float(malignant[train].mean())
     weights = torch.where(labels == 1, 0.5 / share, 0.5 / (1 - share))
     return torch.tensor(x, dtype=torch.float32), weights, labels
 
 
+def _load_rows() -> tuple[Any, Any, list[int], list[int]]:
+    """Returns raw measurements, labels, and the numbers of the training and test rows."""
+    cancer: Any = load_breast_cancer()
+    malignant = 1 - cancer.target
+    train, test = train_test_split(
+        range(len(malignant)), test_size=TEST_SHARE, stratify=malignant, random_state=SPLIT_SEED)
+    return cancer.data, malignant, train, test
+
+
 def input_fn(params: Mapping[str, Any], mode: str) -> Dataset[Any]:
     """Returns the rows; the Trainer shuffles, repeats and batches them."""
     x, weights, labels = load_split(mode)
     return Rows(x, weights, None if mode == ModeKeys.PREDICT else labels)
+
+
+def serving_input_fn(params: Mapping[str, Any]) -> tpuspec.ServingInputReceiver:
+    """Returns what a server receives, raw 'measurements' [batch, 30], and their scaling, as of the training rows."""
+    measurements, _, train, _ = _load_rows()
+    mean, deviation = (torch.tensor(values, dtype=torch.float32)
+                       for values in (measurements[train].mean(0), measurements[train].std(0)))
+    return tpuspec.ServingInputReceiver(
+        lambda received: {"x": (received["measurements"] - mean) / deviation},
+        {"measurements": torch.zeros(1, NUM_FEATURES)})
 
 
 def model(params: Mapping[str, Any]) -> nn.Module:
