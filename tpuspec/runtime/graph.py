@@ -136,6 +136,13 @@ def materialize(tensors: Sequence[Tensor], device: str) -> None:
         _C._xla_sync_multi(list(tensors), [device], False, True)
 
 
+def end_step() -> bool:
+    """Dispatches all that is pending as a step, and does not wait for it; returns whether it had to be compiled."""
+    num_compiled = _C._xla_counter_value("UncachedCompile")
+    torch_xla.sync()
+    return _C._xla_counter_value("UncachedCompile") != num_compiled
+
+
 def graph_inputs(roots: Sequence[Tensor]) -> list[GraphInput]:
     """Returns the inputs of the graph behind pending tensors, in the graph's order."""
     ids, values = _C._get_tensors_xla_device_data_node(list(roots))

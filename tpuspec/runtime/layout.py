@@ -115,8 +115,8 @@ class MeshLayout:
     def _text(self, spec: PartitionSpec, device: str) -> str:
         """Returns how XLA names the sharding of a partition."""
         if spec not in self._texts:
-            probe = torch.zeros([math.prod(self.axes[axis] for axis in names) for names in spec], device=device)
-            (sent,) = graph.send([probe.cpu()], device)
+            probe = torch.zeros([math.prod(self.axes[axis] for axis in names) for names in spec])
+            (sent,) = graph.send([probe], device)
             graph.constrain(sent, self._sharding(spec))
             self._texts[spec] = graph.sharding_text(sent)
         return self._texts[spec]

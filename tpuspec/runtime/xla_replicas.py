@@ -7,7 +7,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ from tpuspec.runtime.topology import count_replicas
 from tpuspec.runtime.xla_pod import find_pod
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
+from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import reduce_with
 
@@ -306,12 +307,17 @@ class NewestStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedStep:
-    """Traces, compiles where the graph is new, and dispatches each step of one replica, as plain torch_xla does."""
+    """Traces, compiles where the graph is new, and dispatches each step of one replica, as plain torch_xla does.
+
+    Attributes:
+      compiled: number of a batch within an update -> whether its newest step had to be compiled.
+    """
 
     step: StepFunction
     replica: Replica
     enter: Callable[[], Any]
     rates: LearningRates
+    compiled: dict[int, bool] = field(default_factory=dict)
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; does not wait for it."""
@@ -321,5 +327,8 @@ class TracedStep:
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
               self.rates.in_place(self.replica, sent)):
             outputs = [self.step(self.replica, batches[0], micro_step)]
-        torch_xla.sync()
+        # Optimizers that make state in their first step have two graphs, so compiles come in a row.
+        is_settled = not self.compiled.get(micro_step, True)
+        with contextlib.nullcontext() if is_settled else in_phase("compile"):
+            self.compiled[micro_step] = graph.end_step()
         return outputs
