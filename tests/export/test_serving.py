@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import input_fn, make_trainer
+from tests.models import input_fn, make_spec, make_trainer
+from tpuspec import ModeKeys
 from tpuspec.errors import ExportError, InputError
 from tpuspec.export import ServingInputReceiver, load
 
@@ -108,10 +109,26 @@ def test_an_export_is_served_without_torch_xla_and_by_torch_alone(exported):
     assert done.stdout == "served\n", done.stderr
 
 
-def test_xla_serves_the_program_with_the_tags_of_its_own(exported):
+def on_device(tmp_path, device):
+    """Outputs there and on the CPU of a program with a constant and a tensor that it makes."""
+    def model_fn(features, labels, mode, params, model, optimizer):
+        outputs = model(features) + torch.tensor([3.0]) * torch.arange(features.shape[0]).unsqueeze(1)
+        return make_spec(mode, outputs if mode == ModeKeys.PREDICT else model(features), labels, optimizer)
+
+    trainer = make_trainer(tmp_path / "run", model_fn, use_tpu=False).train(input_fn, max_steps=1)
+    path = trainer.export(tmp_path / "out", lambda: ServingInputReceiver(torch.zeros(1, 1)))
+    rows = torch.linspace(-1, 1, 4).reshape(4, 1)
+    there = load(path, tags={"serve", "tpu"}, device=device)(rows)["outputs"]
+    torch.testing.assert_close(there.cpu(), load(path)(rows)["outputs"])
+    return there
+
+
+def test_xla_serves_the_program_with_the_tags_of_its_own(tmp_path):
     import torch_xla
 
-    rows = torch.linspace(-1, 1, 4).reshape(4, 1)
-    on_xla = load(exported, tags={"serve", "tpu"}, device=torch_xla.device())({"x": rows})["outputs"]
-    assert on_xla.device.type == "xla"
-    torch.testing.assert_close(on_xla.cpu(), load(exported)({"x": rows})["outputs"])
+    assert on_device(tmp_path, torch_xla.device()).device.type == "xla"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_serves_it(tmp_path):
+    assert on_device(tmp_path, "cuda").device.type == "cuda"
