@@ -20,6 +20,7 @@ from tpuspec.config import LoopLength, RunConfig
 from tpuspec.data.batch_axis import BatchAxis
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.prefetch import PrefetchedBatches
+from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import ConfigError
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
@@ -378,7 +379,10 @@ class Trainer(ReadsVariables):
                 self._progress = Progress(enabled=False)
             if not self._sessions:
                 self._seed = backend.coordinator.share(self._seed)
-            self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
+            # The first one starts from the seed; a second one leaves a training under way its random state.
+            own = keeping_random_state() if self._sessions else contextlib.nullcontext()
+            with self._training_paused(), own:
+                self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
         return self._sessions[on_xla]
 
     def _writer(self, session: Session, folder: str, after_step: int | None = None) -> SummaryWriter:

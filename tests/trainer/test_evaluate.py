@@ -172,3 +172,17 @@ def test_float64_input_is_warned_of(tmp_path, caplog):
     make_trainer(tmp_path, lambda features, mode, params, model: TPUEstimatorSpec(
         mode, loss=model(features.float()).squeeze(1))).evaluate(lambda params: [np.zeros((4, 1))])
     assert "input_fn yields float64" in caplog.text
+
+
+def test_a_model_that_is_built_to_evaluate_without_xla_leaves_training_its_random_state(tmp_path):
+    drawn = []
+    for evaluates in (True, False):
+        trainer = make_trainer(tmp_path / str(evaluates), model=batch_norm_net, eval_on_tpu=False,
+                               save_checkpoints_steps=2)
+        if evaluates:
+            eval_spec = tpuspec.EvalSpec(rows_input(), throttle_secs=0)
+            tpuspec.train_and_evaluate(trainer, tpuspec.TrainSpec(rows_input(), 4), eval_spec)
+        else:
+            trainer.train(rows_input(), max_steps=4)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1]
