@@ -36,7 +36,7 @@ test: $(READY)  ## runs the tests
 test-faults: $(READY)  ## runs the tests of faults: damage, kills, resume, locks
 	$(RUN) -m pytest tests -k 'test_fault_ or tests_of_several_replicas' $(ARGS)
 
-test-faults-long: $(READY)  ## kills trainings by SIGKILL 100 times, and looks for leaks: half an hour
+test-faults-long: $(READY)  ## kills trainings by SIGKILL 100 times, and looks for leaks: three quarters of an hour
 	$(RUN) -m pytest tests/faults -m long $(ARGS)
 
 format: $(READY)  ## sorts imports and mends what ruff can mend
