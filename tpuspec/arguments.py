@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from tpuspec.config import InputPipelineConfig, RunConfig
 from tpuspec.errors import ConfigError, ConfigTypeError
+from tpuspec.spec.counts import check_above_zero, check_int, check_positive_int
 
 RESERVED_PARAMS = ("batch_size", "context")
 
@@ -74,43 +74,6 @@ def batch_size_of(mode: str, size: int | None) -> int | None:
         return None
     check_positive_int(f"the batch size of mode {str(mode)!r}", size)
     return int(size)
-
-
-def check_positive_int(name: str, value: object) -> None:
-    """Checks a count.
-
-    Raises:
-      ConfigTypeError: not an int (numpy's are).
-      ConfigError: zero or negative.
-    """
-    check_int(name, value)
-    if value <= 0:  # type: ignore[operator]
-        raise ConfigError(f"{name} must be positive; got {value}.")
-
-
-def check_int(name: str, value: object) -> None:
-    """Checks a type.
-
-    Raises:
-      ConfigTypeError: not an int.
-    """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
-
-
-def check_above_zero(name: str, value: Any) -> None:
-    """Checks the sign of a number of steps, before its type.
-
-    Raises:
-      ConfigError: zero or negative.
-      ConfigTypeError: no number.
-    """
-    if value is None:
-        return
-    if not isinstance(value, numbers.Real):
-        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
-    if value <= 0:
-        raise ConfigError(f"Must specify {name} > 0, given: {value}.")
 
 
 def check_eval_steps(steps: Any, *, on_xla: bool) -> None:

@@ -40,6 +40,7 @@ from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import may_span_hosts, select
+from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
@@ -180,7 +181,7 @@ class Trainer(ReadsVariables):
         arguments.check_length(steps, max_steps)
         newest_step = self.agree(self.global_step())
         if max_steps is not None and newest_step >= max_steps:
-            arguments.check_int("Train max_steps", max_steps)
+            check_int("Train max_steps", max_steps)
             self._progress.message(f"training is complete: global step {newest_step} of {max_steps}.")
             return self
         checked_hooks = check_hooks(hooks)

@@ -68,6 +68,10 @@ def specs(max_steps=None, exporters=None, throttle_secs=0, **arguments):
     ({"input_fn": 1}, TypeError, "`input_fn` must be callable"),
     ({"max_steps": 0}, ValueError, "Must specify max_steps > 0, given: 0"),
     ({"max_steps": -1}, ValueError, "Must specify max_steps > 0"),
+    ({"max_steps": "3"}, TypeError, "max_steps must be int; got '3'"),
+    ({"max_steps": 2.5}, TypeError, "max_steps must be int; got 2.5"),
+    ({"max_steps": True}, TypeError, "max_steps must be int; got True"),
+    ({"input_fn": lambda batch: None}, ValueError, "does not include params argument"),
     ({"hooks": [object()]}, TypeError, "must be a SessionRunHook"),
     ({"saving_listeners": [object()]}, TypeError, "must be a list of CheckpointSaverListener"),
 ])
@@ -91,10 +95,18 @@ class Named(Recorder):
 @pytest.mark.parametrize(("arguments", "kind", "says"), [
     ({"input_fn": 1}, TypeError, "`input_fn` must be callable"),
     ({"steps": 0}, ValueError, "Must specify steps > 0"),
+    ({"steps": 1.5}, TypeError, "steps must be int; got 1.5"),
+    ({"steps": math.nan}, TypeError, "steps must be int; got nan"),
+    ({"input_fn": lambda batch: None}, ValueError, "does not include params argument"),
     ({"name": 3}, TypeError, "name must be string"),
+    ({"name": "../x"}, ValueError, "EvalSpec name must be 1 to 100 letters"),
     ({"hooks": [object()]}, TypeError, "must be a SessionRunHook"),
     ({"start_delay_secs": -1}, ValueError, "Must specify start_delay_secs >= 0"),
     ({"throttle_secs": -1}, ValueError, "Must specify throttle_secs >= 0"),
+    ({"start_delay_secs": math.nan}, ValueError, "Must specify start_delay_secs >= 0, a finite number"),
+    ({"throttle_secs": math.inf}, ValueError, "Must specify throttle_secs >= 0, a finite number"),
+    ({"throttle_secs": "3"}, TypeError, "throttle_secs must be a number of seconds; got '3'"),
+    ({"throttle_secs": True}, TypeError, "throttle_secs must be a number of seconds; got True"),
     ({"exporters": object()}, TypeError, "`exporters` must be an Exporter, an iterable of Exporter, or `None`"),
     ({"exporters": [Recorder(), object()]}, TypeError, "`exporters` must be an Exporter"),
     ({"exporters": Named(None)}, ValueError, "must have a name"),
@@ -321,7 +333,20 @@ def test_tae_12_the_final_exporter_exports_the_last_one_only(tmp_path, trained):
 def test_tae_12_exports_to_keep_must_be_positive_or_none(kind):
     with pytest.raises(ValueError, match="positive number"):
         kind("name", serving_input_fn, exports_to_keep=0)
+    for value in ("a", 2.5, True):
+        with pytest.raises(TypeError, match=f"exports_to_keep must be int; got {value!r}"):
+            kind("name", serving_input_fn, exports_to_keep=value)
     assert kind("name", serving_input_fn, exports_to_keep=None).name == "name"
+
+
+@pytest.mark.parametrize("kind", [LatestExporter, FinalExporter, BestExporter])
+@pytest.mark.parametrize(("receive", "error", "says"), [
+    (None, ValueError, "serving_input_fn is None. Pass a function that returns a ServingInputReceiver"),
+    ("x", TypeError, "serving_input_fn must be a function that returns a ServingInputReceiver; got str"),
+    (lambda features: None, ValueError, r"may take params, and nothing else; it takes \['features'\]")])
+def test_an_exporter_with_another_serving_input_fn_is_refused_when_it_is_made(kind, receive, error, says):
+    with pytest.raises(error, match=says):
+        kind("name", receive)
 
 
 def test_exporters_at_an_address_are_refused_before_training(tmp_path):

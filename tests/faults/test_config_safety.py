@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.regression import make_trainer, rows_input
-from tpuspec import train
+from tpuspec import EvalSpec, train
 from tpuspec.checkpoint.__main__ import main as checkpoint_main
 from tpuspec.cli.launch import report
 from tpuspec.errors import ConfigError, ConfigTypeError
@@ -96,6 +96,13 @@ def test_fault_49_a_name_that_leaves_its_folder_is_refused_with_code_2(tmp_path,
 def test_fault_49_a_name_of_another_type_is_refused_with_code_2(tmp_path):
     with pytest.raises(ConfigTypeError, match="name must be a str") as caught:
         make_trainer(tmp_path).evaluate(rows_input(), name=7)
+    assert report(caught.value) == 2
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:12])
+def test_fault_49_a_name_of_evaluations_is_refused_before_training(name):
+    with pytest.raises(ConfigError, match="EvalSpec name must be 1 to 100 letters") as caught:
+        EvalSpec(rows_input(), name=name)
     assert report(caught.value) == 2
 
 

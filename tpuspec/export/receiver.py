@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpuspec.errors import ConfigError
+from tpuspec.errors import ConfigError, ConfigTypeError
+from tpuspec.spec.functions import argument_names
 
 Features = Tensor | Mapping[Any, Tensor]
 SINGLE_RECEIVER, SINGLE_FEATURE = "input", "feature"
+_SERVING_INPUT_ARGUMENTS = ("params",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,25 @@ class ServingInputReceiver:
 def named_tensors(tensors: Features) -> dict[str, Tensor]:
     """Returns what is received by name; a single tensor is called 'input'."""
     return {SINGLE_RECEIVER: tensors} if isinstance(tensors, Tensor) else dict(tensors)
+
+
+def check_serving_input_fn(serving_input_fn: Any) -> Callable[..., Any]:
+    """Returns the function that makes a ServingInputReceiver; it is not called.
+
+    Raises:
+      ConfigTypeError: no function.
+      ConfigError: it is missing, or takes something else than params.
+    """
+    if serving_input_fn is None:
+        raise ConfigError("An input_receiver_fn must be defined: serving_input_fn is None. Pass a function that "
+                          "returns a ServingInputReceiver.")
+    if not callable(serving_input_fn):
+        raise ConfigTypeError("serving_input_fn must be a function that returns a ServingInputReceiver; got "
+                              f"{type(serving_input_fn).__name__}.")
+    unknown = [name for name in argument_names(serving_input_fn) if name not in _SERVING_INPUT_ARGUMENTS]
+    if unknown:
+        raise ConfigError(f"serving_input_fn may take params, and nothing else; it takes {unknown}.")
+    return serving_input_fn
 
 
 def _check_tensors(what: str, tensors: Any, single: str, key_types: tuple[type, ...]) -> None:

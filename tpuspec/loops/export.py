@@ -23,7 +23,7 @@ from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, ExportError
 from tpuspec.export.bundle import CPU_TAGS, TPU_TAGS, check_assets, write_bundle
 from tpuspec.export.program import Program, trace
-from tpuspec.export.receiver import ServingInputReceiver
+from tpuspec.export.receiver import ServingInputReceiver, check_serving_input_fn
 from tpuspec.export.signature import flatten_output, rebuild_output
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.export_folder import check_base, commit_next, writing_into
@@ -35,14 +35,13 @@ from tpuspec.precision import cast_module, cast_tensor, for_host
 from tpuspec.spec.backend import Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec
 from tpuspec.spec.export_output import ExportOutput
-from tpuspec.spec.functions import argument_names, call_by_name
+from tpuspec.spec.functions import call_by_name
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase, note_move
 from tpuspec.spec.results import Batch
 from tpuspec.spec.scaffold import Scaffold, make_scaffold
 from tpuspec.summary.progress import Progress
 
-_SERVING_INPUT_ARGUMENTS = ("params",)
 _HOST = torch.device("cpu")
 
 
@@ -121,17 +120,9 @@ class Exporting:
         return variants
 
     def _receive(self, serving_input_fn: Any) -> ServingInputReceiver:
-        if serving_input_fn is None:
-            raise ConfigError("An input_receiver_fn must be defined: serving_input_fn is None. Pass a function that "
-                              "returns a ServingInputReceiver.")
-        if not callable(serving_input_fn):
-            raise ConfigTypeError("serving_input_fn must be a function that returns a ServingInputReceiver; got "
-                                  f"{type(serving_input_fn).__name__}.")
-        unknown = [name for name in argument_names(serving_input_fn) if name not in _SERVING_INPUT_ARGUMENTS]
-        if unknown:
-            raise ConfigError(f"serving_input_fn may take params, and nothing else; it takes {unknown}.")
+        checked = check_serving_input_fn(serving_input_fn)
         with in_phase("serving_input_fn"):
-            receiver = call_by_name(serving_input_fn, {"params": copy.deepcopy(dict(self.source.params))})
+            receiver = call_by_name(checked, {"params": copy.deepcopy(dict(self.source.params))})
         if not isinstance(receiver, ServingInputReceiver):
             raise ConfigTypeError("serving_input_fn must return a tpuspec.ServingInputReceiver; got "
                                   f"{type(receiver).__name__}.")

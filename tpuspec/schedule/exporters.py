@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export.bundle import Metadata
+from tpuspec.export.receiver import check_serving_input_fn
 from tpuspec.loops.export_folder import exports_in, keep_newest
+from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import argument_names
 from tpuspec.spec.names import check_name
 from tpuspec.spec.results import EvalResult
@@ -70,16 +72,19 @@ class LatestExporter(Exporter):
       exports_to_keep: how many; None keeps all.
 
     Raises:
-      ConfigError, ConfigTypeError: the name is none of a folder, or exports_to_keep is not above zero.
+      ConfigError, ConfigTypeError: the name is none of a folder, serving_input_fn no such function, or exports_to_keep
+        no whole number above zero.
     """
 
     def __init__(self, name: str, serving_input_fn: Callable[..., Any], *,
                  assets_extra: Mapping[str, Any] | None = None, exports_to_keep: int | None = 5) -> None:
         self._name = check_exporter_name(name)
-        self._serving_input_fn, self._assets_extra = serving_input_fn, assets_extra
-        if exports_to_keep is not None and exports_to_keep <= 0:
-            raise ConfigError(f"exports_to_keep must be a positive number, or None, which keeps all; got "
-                              f"{exports_to_keep}.")
+        self._serving_input_fn, self._assets_extra = check_serving_input_fn(serving_input_fn), assets_extra
+        if exports_to_keep is not None:
+            check_int("exports_to_keep", exports_to_keep)
+            if exports_to_keep <= 0:
+                raise ConfigError(f"exports_to_keep must be a positive number, or None, which keeps all; got "
+                                  f"{exports_to_keep}.")
         self._exports_to_keep = exports_to_keep
 
     @property
@@ -162,9 +167,8 @@ class BestExporter(LatestExporter):
     def __init__(self, name: str = "best_exporter", serving_input_fn: Callable[..., Any] | None = None, *,
                  compare_fn: Callable[[EvalResult, EvalResult], bool] = loss_is_smaller,
                  assets_extra: Mapping[str, Any] | None = None, exports_to_keep: int | None = 5) -> None:
-        if serving_input_fn is None:
-            raise ConfigError("BestExporter needs serving_input_fn, a function that returns a ServingInputReceiver.")
-        super().__init__(name, serving_input_fn, assets_extra=assets_extra, exports_to_keep=exports_to_keep)
+        super().__init__(name, check_serving_input_fn(serving_input_fn), assets_extra=assets_extra,
+                         exports_to_keep=exports_to_keep)
         missing = [argument for argument in _COMPARE_ARGUMENTS if argument not in argument_names(compare_fn)]
         if missing:
             raise ConfigError(f"compare_fn must take {' and '.join(_COMPARE_ARGUMENTS)}; it lacks {missing}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +11,29 @@ from typing import Any
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.schedule.exporters import Exporter, check_exporters
+from tpuspec.spec.counts import check_above_zero, check_int
+from tpuspec.spec.functions import check_input_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
+from tpuspec.spec.names import check_name
 
 
-def _check_input_fn(input_fn: object) -> None:
+def _check_input_fn(input_fn: Any) -> None:
     if not callable(input_fn):
         raise ConfigTypeError(f"`input_fn` must be callable, given: {input_fn!r}.")
+    check_input_fn(input_fn)
+
+
+def _check_steps(name: str, steps: Any) -> None:
+    if steps is not None:
+        check_above_zero(name, steps)
+        check_int(name, steps)
+
+
+def _check_seconds(name: str, seconds: Any) -> None:
+    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool):
+        raise ConfigTypeError(f"{name} must be a number of seconds; got {seconds!r}.")
+    if not (float(seconds) >= 0 and math.isfinite(seconds)):
+        raise ConfigError(f"Must specify {name} >= 0, a finite number of seconds, given: {seconds}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +59,7 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         _check_input_fn(self.input_fn)
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise ConfigError(f"Must specify max_steps > 0, given: {self.max_steps}.")
+        _check_steps("max_steps", self.max_steps)
         object.__setattr__(self, "hooks", check_hooks(self.hooks))
         object.__setattr__(self, "saving_listeners", check_listeners(self.saving_listeners))
 
@@ -75,13 +93,12 @@ class EvalSpec:
 
     def __post_init__(self) -> None:
         _check_input_fn(self.input_fn)
-        if self.steps is not None and self.steps <= 0:
-            raise ConfigError(f"Must specify steps > 0, given: {self.steps}.")
+        _check_steps("steps", self.steps)
         if self.name is not None and not isinstance(self.name, str):
             raise ConfigTypeError(f"EvalSpec name must be string, given: {self.name!r}.")
+        if self.name:
+            check_name(self.name, "EvalSpec name")
         object.__setattr__(self, "hooks", check_hooks(self.hooks))
         object.__setattr__(self, "exporters", check_exporters(self.exporters))
-        if self.start_delay_secs < 0:
-            raise ConfigError(f"Must specify start_delay_secs >= 0, given: {self.start_delay_secs}.")
-        if self.throttle_secs < 0:
-            raise ConfigError(f"Must specify throttle_secs >= 0, given: {self.throttle_secs}.")
+        _check_seconds("start_delay_secs", self.start_delay_secs)
+        _check_seconds("throttle_secs", self.throttle_secs)

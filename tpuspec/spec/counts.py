@@ -1,0 +1,45 @@
+"""Counts and numbers of steps that a user gives."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from tpuspec.errors import ConfigError, ConfigTypeError
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Checks a count.
+
+    Raises:
+      ConfigTypeError: not an int (numpy's are).
+      ConfigError: zero or negative.
+    """
+    check_int(name, value)
+    if value <= 0:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be positive; got {value}.")
+
+
+def check_int(name: str, value: object) -> None:
+    """Checks a type.
+
+    Raises:
+      ConfigTypeError: not an int.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Checks the sign of a number of steps, before its type.
+
+    Raises:
+      ConfigError: zero or negative.
+      ConfigTypeError: no number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real):
+        raise ConfigTypeError(f"{name} must be int; got {value!r}.")
+    if value <= 0:
+        raise ConfigError(f"Must specify {name} > 0, given: {value}.")
