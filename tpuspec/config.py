@@ -184,7 +184,8 @@ class RunConfig:
 
     Attributes:
       model_dir: folder of checkpoints and logs, or an address such as gs://bucket/run; None takes a temporary folder.
-      seed: random seed of host and device; None draws one.
+      seed: of torch's random state on host and devices, and of shuffled rows; None draws one. Python's and numpy's are
+        the user's to seed.
       save_summary_steps: steps between summaries; None or 0 writes none.
       save_checkpoints_steps, save_checkpoints_secs: distance between checkpoints, one of the two; both None saves
         none. Setting the steps unsets the default of the seconds.

@@ -266,6 +266,7 @@ class Trainer(ReadsVariables):
         on_xla = self._use_tpu and self._eval_on_tpu
         if self._eval_on_tpu and not self._use_tpu:
             logger.warning("eval_on_tpu ignored because use_tpu is False.")
+            self._eval_on_tpu = False  # said once
         checked_hooks = check_hooks(hooks)
         arguments.check_sliced(self._config, on_xla=on_xla)
         session = self._session(on_xla)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import tpuspec
 from tests.models import input_fn, make_config, make_trainer
 from tpuspec import EvalSpec, TrainSpec, early_stopping
-from tpuspec.schedule.early_stopping import StopHook
+from tpuspec.schedule.early_stopping import StopHook, has_stalled
 from tpuspec.schedule.history import read_eval_metrics
 from tpuspec.spec.hooks import HookContext
 from tpuspec.summary.jsonl import JsonlWriter
@@ -75,6 +77,16 @@ def test_tae_14_a_hook_stops_by_any_point_of_the_history(trainer, make, argument
 def test_tae_14_a_point_without_the_metric_is_a_key_error(trainer):
     with pytest.raises(KeyError, match="recall"):
         stops(early_stopping.stop_if_higher_hook(trainer, "recall", 0.5))
+
+
+@pytest.mark.parametrize(("losses", "expected"), [
+    ((math.nan, 5, 4, 3), False), ((math.nan, 5, 4, 4), True), ((5, math.nan, 4, 3), True),
+    ((math.nan, math.nan, math.nan, math.nan), True), ((math.nan, 5, math.nan, 3), True)])
+def test_tae_14_better_a_first_evaluation_that_is_nan_does_not_stay_the_best(losses, expected):
+    history = {100 * i: {"loss": float(loss)} for i, loss in enumerate(losses)}
+    assert has_stalled(history, "loss", 100, 0, operator.lt) == expected
+    rising = {step: {"loss": -metrics["loss"]} for step, metrics in history.items()}
+    assert has_stalled(rising, "loss", 100, 0, operator.gt) == expected
 
 
 def test_tae_14_hooks_can_be_combined_and_end_a_real_training(tmp_path):

@@ -395,6 +395,14 @@ def test_spec_08_export_outputs_that_are_no_dict_are_a_type_error(make_spec, exp
 
 
 @both_specs
+@pytest.mark.parametrize("name", [5, None])
+def test_spec_08_a_name_of_an_export_output_that_is_no_str_is_a_type_error(make_spec, name):
+    outputs = {"serving_default": PredictOutput(torch.zeros(2)), name: PredictOutput(torch.zeros(2))}
+    with raises_only(TypeError, f"Names in export_outputs must be str; got {name}"):
+        make_spec(mode=ModeKeys.PREDICT, predictions=torch.zeros(2), export_outputs=outputs)
+
+
+@both_specs
 @pytest.mark.parametrize("value", [torch.zeros(2), None, PredictOutput], ids=["tensor", "None", "class"])
 def test_spec_08_a_value_that_is_no_export_output_is_a_type_error(make_spec, value):
     outputs = {"serving_default": PredictOutput(torch.zeros(2)), "other": value}

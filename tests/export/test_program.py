@@ -64,6 +64,15 @@ def test_kinds_and_names_are_those_of_the_outputs():
         "a": ("classify", ["scores"]), "b": ("predict", ["output"])}
 
 
+@pytest.mark.parametrize("mark", ['"', "'"])
+def test_a_name_that_torch_cannot_write_into_code_is_refused(mark):
+    says = r"(?s)names of modules and features .*quotation mark .*rename .*SyntaxError"
+    with pytest.raises(ExportError, match=says):
+        traced(lambda weights, x: {"y": x[f"a{mark}b"]}, received={f"a{mark}b": X})
+    with pytest.raises(ExportError, match=says):
+        traced(lambda weights, x: {"y": x @ weights[f"a{mark}b"]}, {f"a{mark}b": torch.ones(2, 1)})
+
+
 def test_a_fixed_number_of_rows_is_refused_with_the_way_out_and_can_be_asked_for():
     def function(weights, x):
         return {"y": x.reshape(3, 2) if len(x) == 3 else x}

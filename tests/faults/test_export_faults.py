@@ -23,7 +23,7 @@ from tpuspec.loops.export_folder import commit_next, writing_into
 from tpuspec.spec.export_output import PredictOutput
 
 NATIVE = "use_tpu=false"
-MOST_SECONDS = 20.0  # as in test_signals
+MOST_SECONDS, SECONDS_AT_ONCE = 20.0, 10.0  # as in test_signals
 
 
 def serving_input_fn():
@@ -65,6 +65,7 @@ def test_fault_24_a_second_signal_during_export_leaves_none_and_the_next_export_
     arguments = ["quiet=true", "mode=export", NATIVE, f"model_dir={trained_run}", "export.folder=out"]
     ended = commands.run(tmp_path, *arguments, "params.how=twice", "params.place=export_files")
     assert ended.code == 143, ended.err
+    assert ended.seconds < SECONDS_AT_ONCE, "from the second signal"
     assert visible(tmp_path / "out" / "serving") == []
     ended = commands.run(tmp_path, *arguments)
     assert ended.code == 0, ended.err

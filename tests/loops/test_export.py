@@ -17,6 +17,7 @@ from tests.regression import batch_norm_net
 from tpuspec import EvalSpec, LatestExporter, ModeKeys, Scaffold, ServingInputReceiver, TPUEstimatorSpec, TrainSpec
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export import load
+from tpuspec.loops.export_folder import commit_next
 
 X = torch.linspace(-1, 1, 4).reshape(4, 1)
 
@@ -146,6 +147,38 @@ def test_a_serving_input_fn_of_another_kind_is_refused(tmp_path, function, kind,
     trainer = native(tmp_path).train(input_fn, max_steps=1)
     with pytest.raises(kind, match=says):
         trainer.export(tmp_path / "out", function)
+
+
+@pytest.mark.parametrize(("metrics", "kind", "says"), [
+    ({"x": object()}, ConfigTypeError, r"metrics\['x'\] must be a number, a text, an array, .*; got object"),
+    ({"x": {"y": [1j]}}, ConfigTypeError, r"metrics\['x'\]\['y'\] must be .*; got complex"),
+    ({"x": "NaN"}, ConfigError, r"metrics\['x'\] must not be the text 'NaN'.* Give float\('NaN'\), or another text"),
+    ({3: 4}, ConfigTypeError, "names in metrics must be str; got 3"),
+    ([1], ConfigTypeError, r"metrics must be a dict, as evaluate\(\) returns it; got list"),
+])
+def test_metrics_that_an_export_cannot_keep_are_refused_before_model_fn_runs(tmp_path, metrics, kind, says):
+    trainer = native(tmp_path).train(input_fn, max_steps=1)
+    with pytest.raises(kind, match=says):
+        trainer.export(tmp_path / "out", None, metrics=metrics)
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_of_all_kinds_come_back(tmp_path):
+    trainer = native(tmp_path).train(input_fn, max_steps=1)
+    path = trainer.export(tmp_path / "out", serving_input_fn, metrics={
+        "nan": np.float32("nan"), "high": [float("inf"), -float("inf")], "array": np.ones(2), "tensor": torch.tensor(3),
+        "none": None, "yes": True, "text": "nan"})
+    assert load(path).metrics == {"nan": pytest.approx(float("nan"), nan_ok=True), "array": [1, 1], "tensor": 3,
+                                  "high": [float("inf"), -float("inf")], "none": None, "yes": True, "text": "nan"}
+
+
+def test_where_no_name_is_left_for_an_export_it_is_refused_before_model_fn_runs(tmp_path):
+    (tmp_path / "out" / "9999999999").mkdir(parents=True)
+    trainer = native(tmp_path, in_predict(lambda *args: pytest.fail("model_fn ran"))).train(input_fn, max_steps=1)
+    with pytest.raises(ConfigError, match=r"named by ten digits.*behind 9999999999 none is left.*Move that folder"):
+        trainer.export(tmp_path / "out", serving_input_fn)
+    with pytest.raises(ConfigError, match="none is left"):
+        commit_next(tmp_path / "out", lambda folder: None)
 
 
 def test_programs_with_other_signatures_are_refused(tmp_path):

@@ -272,13 +272,14 @@ def test_fault_22_23_a_signal_ends_training_after_a_save_of_the_last_finished_st
 
 
 def test_fault_24_a_second_signal_ends_training_at_once(tmp_path):
-    calls = []
+    calls, second = [], []
 
     class Interrupt(tpuspec.SessionRunHook):
         def after_run(self, context):
             if context.step == 4:
                 os.kill(os.getpid(), signal.SIGINT)
                 calls.append("first")
+                second.append(time.monotonic())
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
                 calls.append("not at once")
@@ -286,6 +287,7 @@ def test_fault_24_a_second_signal_ends_training_at_once(tmp_path):
     trainer = make_trainer(tmp_path, save_checkpoints_steps=100)
     with pytest.raises(KeyboardInterrupt, match="^$"):
         trainer.train(rows_input(), hooks=[Interrupt()], max_steps=100)
+    assert time.monotonic() - second[0] < 10
     assert calls == ["first"]
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-0"], "nothing more was saved"
 

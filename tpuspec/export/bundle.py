@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
-from tpuspec.errors import ConfigError, ExportError
+from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export.program import Program
 from tpuspec.export.signature import Signature, TensorSpec
 
@@ -32,6 +32,7 @@ CPU_TAGS, TPU_TAGS = frozenset({SERVE}), frozenset({SERVE, TPU})
 PROGRAM_FILES = {CPU_TAGS: "serve.pt2", TPU_TAGS: "serve_tpu.pt2"}
 _ASSET_PART = re.compile(r"[\w][\w.\- ]{0,99}")
 _PART_BYTES = 1 << 20
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class Written(Protocol):
@@ -81,7 +82,7 @@ class Metadata:
         """Returns the file."""
         return json.dumps({
             "format_version": FORMAT_VERSION, "torch_version": self.torch_version, "global_step": self.global_step,
-            "metrics": _as_data(self.metrics),
+            "metrics": _as_data(self.metrics, "metrics"),
             "programs": [{"tags": sorted(tags), "file": file} for tags, file in self.programs.items()],
             "inputs": {name: spec.as_json() for name, spec in self.inputs.items()}, "single_input": self.single_input,
             "signatures": {name: signature.as_json() for name, signature in self.signatures.items()},
@@ -160,6 +161,21 @@ def check_assets(assets: Mapping[str, Any] | None) -> dict[str, Path]:
     return checked
 
 
+def check_metrics(metrics: Any) -> Mapping[str, Any]:
+    """Returns the metrics to keep; {} for None.
+
+    Raises:
+      ConfigTypeError: no dict, a name that is no str, or a value that JSON cannot hold.
+      ConfigError: a text that stands for a number.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigTypeError(f"metrics must be a dict, as evaluate() returns it; got {type(metrics).__name__}.")
+    _as_data(metrics, "metrics")
+    return metrics
+
+
 def checked_path(folder: Path, name: str, metadata: Metadata) -> Path:
     """Returns the path of a file, every byte of which was checked.
 
@@ -177,16 +193,24 @@ def checked_path(folder: Path, name: str, metadata: Metadata) -> Path:
     return folder / name
 
 
-def _as_data(value: Any) -> Any:
+def _as_data(value: Any, place: str) -> Any:
     """Returns metrics as JSON has them: arrays become lists, and NaN and infinity their names."""
     if isinstance(value, Mapping):
-        return {str(key): _as_data(item) for key, item in value.items()}
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise ConfigTypeError(f"names in {place} must be str; got {other[0]!r}.")
+        return {key: _as_data(item, f"{place}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_data(item) for item in value]
+        return [_as_data(item, place) for item in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return _as_data(value.tolist())
+        return _as_data(value.tolist(), place)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value in _NOT_FINITE:
+        raise ConfigError(f"{place} must not be the text {value!r}, which stands for a number in {METADATA_FILE}. Give "
+                          f"float({value!r}), or another text.")
+    if value is not None and not isinstance(value, int | float | str):
+        raise ConfigTypeError(f"{place} must be a number, a text, an array, or a list or dict of them; got "
+                              f"{type(value).__name__}.")
     return value
 
 
@@ -195,7 +219,7 @@ def _from_data(value: Any) -> Any:
         return {key: _from_data(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_from_data(item) for item in value]
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+    return float(value) if value in _NOT_FINITE else value
 
 
 def _read_parts(source: Path) -> Iterator[bytes]:

@@ -86,7 +86,7 @@ def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: 
         logger.info("model_fn changes %s in mode PREDICT; the exported program changes a copy.", sorted(changed))
     example = received if fixed_batch else _repeat_rows(received, 2)  # one row would be taken for a constant
     exported = _export(_Function(served, changed), weights, example, fixed_batch=fixed_batch)
-    program = exported.module()
+    program = _as_module(exported)
     for rows in (received,) if fixed_batch else (received, _repeat_rows(received, 3), _first_row(received)):
         _check_same(program, _Function(served, frozenset(weights)), weights, rows)
     return Program(
@@ -115,6 +115,16 @@ def _export(function: nn.Module, weights: Weights, received: Features, *, fixed_
         raise ExportError(
             "model_fn in mode PREDICT cannot be traced by torch.export. Python branches on values of tensors, "
             f".item() and numpy cannot be part of a program. It says: {type(error).__name__}: {first}") from error
+
+
+def _as_module(exported: ExportedProgram) -> nn.Module:
+    try:
+        return exported.module()
+    except Exception as error:
+        raise ExportError(
+            "what torch.export has traced cannot be called. It writes the names of modules and features into Python "
+            "code, where a quotation mark ends them: rename what has one. It says: "
+            f"{type(error).__name__}: {error}") from error
 
 
 def _check_same(program: Callable[..., Any], function: nn.Module, weights: Weights, received: Features) -> None:

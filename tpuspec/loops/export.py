@@ -21,7 +21,7 @@ from tpuspec.checkpoint.tensors import encode_tensors
 from tpuspec.config import RunConfig
 from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, ExportError
-from tpuspec.export.bundle import CPU_TAGS, TPU_TAGS, check_assets, write_bundle
+from tpuspec.export.bundle import CPU_TAGS, TPU_TAGS, check_assets, check_metrics, write_bundle
 from tpuspec.export.program import Program, trace
 from tpuspec.export.receiver import ServingInputReceiver, check_serving_input_fn
 from tpuspec.export.signature import flatten_output, rebuild_output
@@ -81,7 +81,7 @@ class Exporting:
           ExportError: model_fn cannot be traced, or the files not be written.
           KeyboardInterrupt, SystemExit: a signal came; nothing was exported.
         """
-        variants, assets = self._variants(), check_assets(assets_extra)
+        variants, assets, kept_metrics = self._variants(), check_assets(assets_extra), check_metrics(metrics)
         coordinator = None if self.trained is None else self.trained.backend.coordinator
         is_chief = coordinator is None or coordinator.is_chief
         if checkpoint_path is not None:  # the chief has all that it takes
@@ -109,7 +109,7 @@ class Exporting:
                 self.progress.message(f"exporting the weights of step {step} to {folder}")
                 programs = self._trace(module, receiver, step, variants)
                 return str(_write(folder, module, programs=programs, assets=assets, global_step=step,
-                                  single_input=isinstance(receiver.received, Tensor), metrics=metrics or {}))
+                                  single_input=isinstance(receiver.received, Tensor), metrics=kept_metrics))
 
     def _variants(self) -> dict[frozenset[str], bool]:
         """Returns params['use_tpu'] of each program, by its tags."""

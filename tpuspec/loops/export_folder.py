@@ -23,7 +23,7 @@ def check_base(base: str | os.PathLike[str]) -> Path:
 
     Raises:
       ConfigTypeError: no path.
-      ConfigError: an address, or a folder that cannot be written.
+      ConfigError: an address, a folder that cannot be written, or one where no name is left for an export.
     """
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise ConfigTypeError(f"export_dir_base must be a path; got {base!r}.")
@@ -39,6 +39,7 @@ def check_base(base: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise ConfigError(f"export_dir_base must be a folder that can be written; {os.fspath(base)!r} is not: {error}. "
                           "Mend its permissions, or take another one.") from error
+    _next_name(folder, 0)
     return folder
 
 
@@ -68,12 +69,12 @@ def commit_next(base: Path, write: Callable[[Path], None], clock: Callable[[], f
       clock: seconds since the epoch.
 
     Raises:
+      ConfigError: no name is left.
       OSError: it could not be written; nothing of it is left.
     """
     sweep(base, lambda folder: False)  # what a killed export left
     while True:
-        newest = max((int(path.name) for path in exports_in(base)), default=0)
-        target = base / f"{max(int(clock()), newest + 1):010}"
+        target = base / _next_name(base, int(clock()))
         try:
             commit(target, write, replaces=False)
         except OSError as error:
@@ -81,6 +82,15 @@ def commit_next(base: Path, write: Callable[[Path], None], clock: Callable[[], f
                 continue  # another process has exported in this very second
             raise
         return target
+
+
+def _next_name(base: Path, seconds: int) -> str:
+    newest = max((int(path.name) for path in exports_in(base)), default=0)
+    name = f"{max(seconds, newest + 1):010}"
+    if not _TIMESTAMP.fullmatch(name):
+        raise ConfigError(f"exports are folders named by ten digits, each above the others; behind {newest} none is "
+                          f"left in {base}. Move that folder, or take another export_dir_base.")
+    return name
 
 
 def writing_into(folder: Path) -> Callable[[str, Iterable[bytes | memoryview]], Written]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import time
@@ -128,13 +129,16 @@ def has_crossed(history: History, metric_name: str, threshold: float, min_steps:
 
 
 def has_stalled(history: History, metric_name: str, max_steps: int, min_steps: int, is_better: IsBetter) -> bool:
-    """Whether any evaluation from `min_steps` on was no better than one that was made `max_steps` or more before it."""
+    """Whether any evaluation from `min_steps` on was no better than one that was made `max_steps` or more before it.
+
+    A number is better than NaN.
+    """
     best: tuple[int, float] | None = None
     for step, metrics in history.items():
         if step < min_steps:
             continue
         value = metrics[metric_name]
-        if best is None or is_better(value, best[1]):
+        if best is None or is_better(value, best[1]) or (math.isnan(best[1]) and not math.isnan(value)):
             best = step, value
         elif step - best[0] >= max_steps:
             return True

@@ -84,7 +84,7 @@ def check_export_outputs(
     """Returns the outputs to export, among them one under `serving_default`.
 
     Raises:
-      SpecTypeError: not a dict, or a value is no ExportOutput.
+      SpecTypeError: not a dict, a name is no str, or a value is no ExportOutput.
       SpecError: several outputs and none of them is the default.
 
     Source: model_fn_lib.export_outputs_for_mode of TPUEstimator.
@@ -93,7 +93,9 @@ def check_export_outputs(
         return {DEFAULT_SIGNATURE: PredictOutput(predictions)}
     if not isinstance(export_outputs, dict):
         raise SpecTypeError(f"export_outputs must be dict; got {type(export_outputs).__name__}.")
-    for value in export_outputs.values():
+    for name, value in export_outputs.items():
+        if not isinstance(name, str):
+            raise SpecTypeError(f"Names in export_outputs must be str; got {name!r}.")
         if not isinstance(value, ExportOutput):
             raise SpecTypeError(
                 f"Values in export_outputs must be ExportOutput objects; got {type(value).__name__}. "
