@@ -309,6 +309,8 @@ def test_tae_11_any_metric_can_be_compared(tmp_path, trained):
         offer(exporter, trained, tmp_path, loss=1.0)
     with pytest.raises(ValueError, match="compare_fn must take best_eval_result and current_eval_result"):
         BestExporter("best", serving_input_fn, compare_fn=lambda a, b: True)
+    with pytest.raises(TypeError, match="compare_fn must be a function of best_eval_result and .*; got NoneType"):
+        BestExporter("best", serving_input_fn, compare_fn=None)
 
 
 def test_tae_12_the_latest_exporter_exports_each_time_and_keeps_the_newest(tmp_path, trained):
@@ -347,6 +349,16 @@ def test_tae_12_exports_to_keep_must_be_positive_or_none(kind):
 def test_an_exporter_with_another_serving_input_fn_is_refused_when_it_is_made(kind, receive, error, says):
     with pytest.raises(error, match=says):
         kind("name", receive)
+
+
+@pytest.mark.parametrize("kind", [LatestExporter, FinalExporter, BestExporter])
+@pytest.mark.parametrize(("assets", "error", "says"), [
+    ({"../x": "file"}, ValueError, r"maps places below assets.extra, .*; got '../x'"),
+    ({"x": 3}, TypeError, r"assets_extra\['x'\] must be the path of a file; got 3"),
+    (["file"], TypeError, "assets_extra must be a dict of places below assets.extra to files; got list")])
+def test_an_exporter_with_other_assets_is_refused_when_it_is_made(kind, assets, error, says):
+    with pytest.raises(error, match=says):
+        kind("name", serving_input_fn, assets_extra=assets)
 
 
 def test_exporters_at_an_address_are_refused_before_training(tmp_path):

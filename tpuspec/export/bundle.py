@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,16 +148,33 @@ def check_assets(assets: Mapping[str, Any] | None) -> dict[str, Path]:
     """Returns the files to add, by their place below assets.extra.
 
     Raises:
-      ConfigError: a place leaves the folder, or a file does not exist.
+      ConfigError, ConfigTypeError: as `check_asset_places`, or a file does not exist.
     """
+    checked = check_asset_places(assets)
+    for name, source in checked.items():
+        if not source.is_file():
+            raise ConfigError(f"assets_extra[{name!r}] is no file: {source}.")
+    return checked
+
+
+def check_asset_places(assets: Mapping[str, Any] | None) -> dict[str, Path]:
+    """Returns the files to add, by their place below assets.extra; they need not exist yet.
+
+    Raises:
+      ConfigTypeError: no dict, or a file that is no path.
+      ConfigError: a place leaves the folder.
+    """
+    if assets is not None and not isinstance(assets, Mapping):
+        raise ConfigTypeError("assets_extra must be a dict of places below assets.extra to files; got "
+                              f"{type(assets).__name__}.")
     checked = {}
     for name, source in (assets or {}).items():
         parts = PurePosixPath(name).parts if isinstance(name, str) else ()
         if not parts or name != "/".join(parts) or not all(_ASSET_PART.fullmatch(part) for part in parts):
             raise ConfigError("assets_extra maps places below assets.extra, such as 'vocabulary/words.txt', to files; "
                               f"got {name!r}.")
-        if not Path(source).is_file():
-            raise ConfigError(f"assets_extra[{name!r}] is no file: {source}.")
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigTypeError(f"assets_extra[{name!r}] must be the path of a file; got {source!r}.")
         checked[name] = Path(source)
     return checked
 

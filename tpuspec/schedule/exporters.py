@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
-from tpuspec.export.bundle import Metadata
+from tpuspec.export.bundle import Metadata, check_asset_places
 from tpuspec.export.receiver import check_serving_input_fn
 from tpuspec.loops.export_folder import exports_in, keep_newest
 from tpuspec.spec.counts import check_int
@@ -72,14 +72,15 @@ class LatestExporter(Exporter):
       exports_to_keep: how many; None keeps all.
 
     Raises:
-      ConfigError, ConfigTypeError: the name is none of a folder, serving_input_fn no such function, or exports_to_keep
-        no whole number above zero.
+      ConfigError, ConfigTypeError: the name is none of a folder, serving_input_fn no such function, assets_extra names
+        something else than files by their places, or exports_to_keep is no whole number above zero.
     """
 
     def __init__(self, name: str, serving_input_fn: Callable[..., Any], *,
                  assets_extra: Mapping[str, Any] | None = None, exports_to_keep: int | None = 5) -> None:
         self._name = check_exporter_name(name)
-        self._serving_input_fn, self._assets_extra = check_serving_input_fn(serving_input_fn), assets_extra
+        self._serving_input_fn = check_serving_input_fn(serving_input_fn)
+        self._assets_extra = check_asset_places(assets_extra)
         if exports_to_keep is not None:
             check_int("exports_to_keep", exports_to_keep)
             if exports_to_keep <= 0:
@@ -169,6 +170,9 @@ class BestExporter(LatestExporter):
                  assets_extra: Mapping[str, Any] | None = None, exports_to_keep: int | None = 5) -> None:
         super().__init__(name, check_serving_input_fn(serving_input_fn), assets_extra=assets_extra,
                          exports_to_keep=exports_to_keep)
+        if not callable(compare_fn):
+            raise ConfigTypeError(f"compare_fn must be a function of {' and '.join(_COMPARE_ARGUMENTS)}; got "
+                                  f"{type(compare_fn).__name__}.")
         missing = [argument for argument in _COMPARE_ARGUMENTS if argument not in argument_names(compare_fn)]
         if missing:
             raise ConfigError(f"compare_fn must take {' and '.join(_COMPARE_ARGUMENTS)}; it lacks {missing}.")
