@@ -113,6 +113,23 @@ def test_tae_15_seconds_or_steps_are_given_not_both(trainer, distance):
         early_stopping.make_early_stopping_hook(trainer, lambda: True, *distance)
 
 
+@pytest.mark.parametrize(("make", "arguments", "kind", "says"), [
+    ("stop_if_higher_hook", {"threshold": "1"}, TypeError, "threshold must be a number; got '1'"),
+    ("stop_if_lower_hook", {"threshold": math.nan}, TypeError, "threshold must be a number; got nan"),
+    ("stop_if_lower_hook", {"threshold": 1, "min_steps": "5"}, TypeError, "min_steps must be int; got '5'"),
+    ("stop_if_no_increase_hook", {"max_steps_without_increase": "5"}, TypeError, "must be int; got '5'"),
+    ("stop_if_no_decrease_hook", {"max_steps_without_decrease": 5, "run_every_secs": "1"}, TypeError,
+     "run_every_secs must be a number of seconds; got '1'"),
+    ("stop_if_no_decrease_hook", {"max_steps_without_decrease": 5, "run_every_secs": -1}, ValueError,
+     "Must specify run_every_secs >= 0"),
+    ("stop_if_no_decrease_hook", {"max_steps_without_decrease": 5, "run_every_secs": None, "run_every_steps": 1.5},
+     TypeError, "run_every_steps must be int; got 1.5"),
+])
+def test_tae_15_a_number_that_is_none_is_refused_before_training(trainer, make, arguments, kind, says):
+    with pytest.raises(kind, match=says):
+        getattr(early_stopping, make)(trainer, "loss", **arguments)
+
+
 def test_tae_15_the_function_is_asked_at_first_and_then_in_its_distance():
     clock, asked = ManualClock(), []
 

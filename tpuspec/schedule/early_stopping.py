@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import operator
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.schedule.history import History, read_eval_metrics
+from tpuspec.spec.counts import check_int, check_positive_int, check_seconds
 from tpuspec.spec.hooks import HookContext, SessionRunHook
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ def make_early_stopping_hook(trainer: HasModelDir, should_stop_fn: Callable[[], 
       run_every_steps: least steps between them.
 
     Raises:
-      ConfigTypeError: no Trainer, or no function.
-      ConfigError: both distances are given, or none.
+      ConfigTypeError: no Trainer, no function, or a number that is none.
+      ConfigError: both distances are given, or none, or one is negative.
 
     Source: tf.estimator.experimental.make_early_stopping_hook.
     """
@@ -48,6 +50,10 @@ def make_early_stopping_hook(trainer: HasModelDir, should_stop_fn: Callable[[], 
     if (run_every_secs is None) == (run_every_steps is None):
         raise ConfigError("Only one of `run_every_secs` and `run_every_steps` must be set; got "
                           f"{run_every_secs} and {run_every_steps}. Steps need run_every_secs=None.")
+    if run_every_secs is not None:
+        check_seconds("run_every_secs", run_every_secs)
+    else:
+        check_positive_int("run_every_steps", run_every_steps)
     return StopHook(should_stop_fn, run_every_secs, run_every_steps)
 
 
@@ -148,6 +154,9 @@ def has_stalled(history: History, metric_name: str, max_steps: int, min_steps: i
 def _threshold_hook(is_better: IsBetter, trainer: HasModelDir, metric_name: str, threshold: float,
                     eval_dir: str | None, min_steps: int, *distance: Any) -> SessionRunHook:
     folder = _eval_dir(trainer, eval_dir)
+    check_int("min_steps", min_steps)
+    if not isinstance(threshold, numbers.Real) or math.isnan(threshold):
+        raise ConfigTypeError(f"threshold must be a number; got {threshold!r}.")
     return make_early_stopping_hook(trainer, lambda: has_crossed(
         read_eval_metrics(folder), metric_name, threshold, min_steps, is_better), *distance)
 
@@ -155,6 +164,8 @@ def _threshold_hook(is_better: IsBetter, trainer: HasModelDir, metric_name: str,
 def _improvement_hook(is_better: IsBetter, trainer: HasModelDir, metric_name: str, max_steps: int,
                       eval_dir: str | None, min_steps: int, *distance: Any) -> SessionRunHook:
     folder = _eval_dir(trainer, eval_dir)
+    check_int("min_steps", min_steps)
+    check_int("the steps without improvement", max_steps)
     return make_early_stopping_hook(trainer, lambda: has_stalled(
         read_eval_metrics(folder), metric_name, max_steps, min_steps, is_better), *distance)
 

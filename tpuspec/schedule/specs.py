@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tpuspec.errors import ConfigError, ConfigTypeError
+from tpuspec.errors import ConfigTypeError
 from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.schedule.exporters import Exporter, check_exporters
-from tpuspec.spec.counts import check_above_zero, check_int
+from tpuspec.spec.counts import check_above_zero, check_int, check_seconds
 from tpuspec.spec.functions import check_input_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.names import check_name
@@ -27,13 +25,6 @@ def _check_steps(name: str, steps: Any) -> None:
     if steps is not None:
         check_above_zero(name, steps)
         check_int(name, steps)
-
-
-def _check_seconds(name: str, seconds: Any) -> None:
-    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool):
-        raise ConfigTypeError(f"{name} must be a number of seconds; got {seconds!r}.")
-    if not (float(seconds) >= 0 and math.isfinite(seconds)):
-        raise ConfigError(f"Must specify {name} >= 0, a finite number of seconds, given: {seconds}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +91,5 @@ class EvalSpec:
             check_name(self.name, "EvalSpec name")
         object.__setattr__(self, "hooks", check_hooks(self.hooks))
         object.__setattr__(self, "exporters", check_exporters(self.exporters))
-        _check_seconds("start_delay_secs", self.start_delay_secs)
-        _check_seconds("throttle_secs", self.throttle_secs)
+        check_seconds("start_delay_secs", self.start_delay_secs)
+        check_seconds("throttle_secs", self.throttle_secs)

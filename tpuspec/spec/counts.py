@@ -1,7 +1,8 @@
-"""Counts and numbers of steps that a user gives."""
+"""Counts, numbers of steps and durations that a user gives."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -43,3 +44,16 @@ def check_above_zero(name: str, value: Any) -> None:
         raise ConfigTypeError(f"{name} must be int; got {value!r}.")
     if value <= 0:
         raise ConfigError(f"Must specify {name} > 0, given: {value}.")
+
+
+def check_seconds(name: str, seconds: Any) -> None:
+    """Checks a duration.
+
+    Raises:
+      ConfigTypeError: no number.
+      ConfigError: negative, infinite or NaN.
+    """
+    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool):
+        raise ConfigTypeError(f"{name} must be a number of seconds; got {seconds!r}.")
+    if not (float(seconds) >= 0 and math.isfinite(seconds)):
+        raise ConfigError(f"Must specify {name} >= 0, a finite number of seconds, given: {seconds}.")
