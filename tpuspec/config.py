@@ -176,6 +176,10 @@ def validate_tpu_config(config: TPUConfig) -> None:
         raise ConfigError(f"host_call_every_n_steps must be a positive int; got {every!r}.")
     if not _is_int(config.steps_per_execution) or config.steps_per_execution < 1:
         raise ConfigError(f"steps_per_execution must be a positive int; got {config.steps_per_execution!r}.")
+    length = config.loop_length
+    if length.unit == "count" and length.value < config.steps_per_execution:
+        raise ConfigError(f"iterations_per_loop={length.value} is shorter than steps_per_execution="
+                          f"{config.steps_per_execution}: no loop has that many steps. Set it to a multiple of that.")
 
 
 @dataclass

@@ -91,9 +91,10 @@ def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None,
         model_fn, model=copy.deepcopy(model), optimizer=optimizer, params=params or {}, train_batch_size=BATCH,
         eval_batch_size=BATCH, predict_batch_size=BATCH,
         model_dir=tmp_path / f"{capture}{len(list(tmp_path.iterdir()))}",
-        config=RunConfig(seed=5, show_progress=False, capture=capture, audit_every_steps=9, save_checkpoints_steps=None,
+        config=RunConfig(seed=5, show_progress=False, capture=capture, save_checkpoints_steps=None,
                          save_checkpoints_secs=None, tpu_config=TPUConfig(
-                             iterations_per_loop=loop, steps_per_execution=steps_per_execution), **(config or {})),
+                             iterations_per_loop=loop, steps_per_execution=steps_per_execution),
+                         **({"audit_every_steps": 9} | (config or {}))),
         **arguments)
     trainer.train(input_fn, steps=steps, hooks=list(hooks))
     session = trainer._sessions[True]

@@ -55,7 +55,7 @@ def test_a_client_that_runs_with_other_devices_is_a_device_error():
 
 @pytest.mark.slow
 def test_several_steps_in_one_program_need_a_flag_of_xla_which_is_set_before_the_client_starts():
-    several = SELECT.replace("num_shards={num_shards}", "steps_per_execution=4")
+    several = SELECT.replace("num_shards={num_shards}", "steps_per_execution=4, iterations_per_loop=8")
     several += "import os; print(os.environ['XLA_FLAGS'])"
     done = run_python(several, PJRT_DEVICE="CPU", XLA_FLAGS="--xla_cpu_multi_thread_eigen=true")
     assert done.returncode == 0, done.stderr

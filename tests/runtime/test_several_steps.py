@@ -171,7 +171,12 @@ def test_accumulated_gradients_are_refused_before_the_first_step(tmp_path):
 
 def test_steps_that_are_all_traced_are_refused():
     with pytest.raises(ConfigError, match="steps_per_execution=4 needs a captured step, and capture=off traces"):
-        RunConfig(capture="off", tpu_config=TPUConfig(steps_per_execution=4))
+        RunConfig(capture="off", tpu_config=TPUConfig(steps_per_execution=4, iterations_per_loop=8))
+
+
+def test_loops_that_are_shorter_than_a_program_are_refused():
+    with pytest.raises(ConfigError, match="iterations_per_loop=2 is shorter than steps_per_execution=4"):
+        TPUConfig(steps_per_execution=4)
 
 
 COUNTER = {"calls": 0}

@@ -153,7 +153,8 @@ class TrainLoop:
                 return self.input_end.was_stopped, outputs
             if self._several is not None and (
                     batches := self._draw_several(self._several.num_at_once, last_step - self.session.global_step)):
-                outputs = self._run_several(self._several, batches)
+                last = self._run_several(self._several, batches)
+                outputs = last or outputs
                 continue
             update = self._run_update()
             if update is None:
@@ -216,8 +217,11 @@ class TrainLoop:
             self._ahead.append(batch)
         return [self._ahead.popleft() for _ in range(num_steps)]
 
-    def _run_several(self, step: RunsSeveral, batches: Sequence[HostBatch]) -> list[StepOutput]:
-        """Dispatches the updates of several batches as one program; returns the last outputs."""
+    def _run_several(self, step: RunsSeveral, batches: Sequence[HostBatch]) -> list[StepOutput] | None:
+        """Dispatches the updates of several batches as one program; returns the last outputs.
+
+        None where they need programs of their own: the batches are the next ones then.
+        """
         first, self._is_in_step = self.session.global_step, True
         try:
             outputs = step.run_several(
@@ -225,6 +229,11 @@ class TrainLoop:
         except BaseException:
             self.session.take_back_updates(first)
             raise
+        if outputs is None:
+            self.session.take_back_updates(first)
+            self._ahead.extendleft(reversed(batches))
+            self._is_in_step = False
+            return None
         self.session.input_position = batches[-1].position
         self._is_in_step = False
         self.saver.check()

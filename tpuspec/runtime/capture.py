@@ -19,7 +19,7 @@ from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
 from tpuspec.runtime.learning_rates import LearningRates
-from tpuspec.runtime.python_state import HostCode, settings_of
+from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.recording import (
     Before,
     Recording,
@@ -30,11 +30,15 @@ from tpuspec.runtime.recording import (
     undone_on_error,
 )
 from tpuspec.runtime.sent_batch import form_of
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
-from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.runtime.signature import Signature, read_settings, read_signature, told_change
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners
+from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 
 logger = logging.getLogger(__name__)
+
+_Key = tuple[int, int, Hashable]
+"""Number of the signature, micro-step, form of the batch."""
 
 _MAX_TRACES = 4
 _MAX_DOUBTFUL_TRACES = 6
@@ -139,7 +143,7 @@ class CapturedStep:
 
     def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
                  enter: Callable[[], Any], name: str, host_code: HostCode,
-                 fallback: Callable[..., list[StepOutput]] | None = None, rates: LearningRates | None = None,
+                 fallback: CompiledStep | None = None, rates: LearningRates | None = None,
                  num_steps: int = 1) -> None:
         self.kind = "traced"
         self._step, self._replicas, self._name = step, tuple(replicas), name
@@ -149,11 +153,13 @@ class CapturedStep:
         self._several = len(replicas) > 1
         self._rates = rates or LearningRates(replicas)
         self._numbers: dict[Slot, int] = {}
-        self._programs: dict[Hashable, _Program] = {}
-        self._traces: dict[Hashable, Recording] = {}
+        self._programs: dict[_Key, _Program] = {}
+        self._traces: dict[_Key, Recording] = {}
         self._num_traces = self._num_doubtful = 0
         self._signature = 0
-        self._signatures: dict[Hashable, int] = {}
+        self._signatures: dict[Signature, int] = {}
+        self._read: list[Signature] = []
+        self._others: list[Any] = []
         self._captured: dict[tuple[int, Hashable], None] = {}
         self._in_flight = False
         self._written: set[int] = set()
@@ -170,6 +176,8 @@ class CapturedStep:
             return self._trace(batches, micro_step, None)
         if not self._knows_host_code:  # of which the first trace tells
             return self._trace(batches, micro_step, None)
+        if self._in_flight and self._others and self._rates.others() != self._others:
+            self.publish()  # a schedule has moved more than a learning rate, which is a number in the program
         if not self._in_flight:
             self._adopt()
         key = (self._signature, micro_step, form_of(batches[0]))
@@ -188,12 +196,24 @@ class CapturedStep:
 
     def publish(self) -> None:
         """Makes the newest state readable in the modules and optimizers."""
+        if self._fallback is not None:
+            self._fallback.publish()
         if self._in_flight:
             for state in self._states:
                 state.publish(self._numbers, self._written)
                 state.forget()
             self._written.clear()
             self._in_flight = False
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Checks that no value that the step reads changed while nothing looked."""
+        signature = self._read[self._signature]
+        settings = read_settings(self._step, self._replicas[0], self._host_code)
+        if change := told_change(signature, signature._replace(settings=settings)):
+            raise CaptureError(
+                f"{self._name}: {change}, between two steps of a loop, and the steps since then may have used the old "
+                "value. Pass what changes from step to step in the batch, change it in a hook, or set capture=off.")
 
     def _adopt(self) -> None:
         self._follow_first_replica()
@@ -202,21 +222,11 @@ class CapturedStep:
         for state in self._states:
             state.values += [None] * (len(self._numbers) - len(state.values))
         self._in_flight = True
-        self._signature = self._signatures.setdefault(self._read_signature(), len(self._signatures))
-
-    def _read_signature(self) -> Hashable:
-        """Returns what programs depend on besides the batch: form of the state, modes, hyper-parameters, settings."""
-        replica = self._replicas[0]
-        slots = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-                      for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
-        training = () if replica.model is None else tuple(module.training for module in replica.model.modules())
-        scheduled = {id(group) for _, group in self._rates.groups(replica)}
-        groups = tuple((name, number, key, repr(value)) for name, optimizer in replica.optimizers.items()
-                       for number, group in enumerate(optimizer.param_groups) for key, value in group.items()
-                       if key != "params" and not isinstance(value, Tensor)
-                       and not (key == "lr" and id(group) in scheduled) and key != "initial_lr")
-        settings = settings_of(self._step, self._host_code)
-        return (slots, training, groups, tuple(sorted((path, repr(value)) for path, value in settings.items())))
+        self._others = self._rates.others()
+        signature = read_signature(self._step, self._replicas[0], self._rates, self._host_code)
+        self._signature = self._signatures.setdefault(signature, len(self._signatures))
+        if self._signature == len(self._read):
+            self._read.append(signature)
 
     def _follow_first_replica(self) -> None:
         """Gives hyper-parameters that a hook set on the first replica to the others."""
@@ -227,7 +237,7 @@ class CapturedStep:
                     own.update({key: value for key, value in first.items()
                                 if key != "params" and not isinstance(value, Tensor)})
 
-    def _trace(self, batches: Sequence[Batch], micro_step: int, key: Hashable) -> list[StepOutput]:
+    def _trace(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
         """Runs a step by tracing it; makes it a program if that is safe."""
         self.kind = "traced"
         if self._fallback is not None and self._gave_up:
@@ -269,11 +279,14 @@ class CapturedStep:
                                "for ever. model_fn must do the same on every replica: no branch on an ordinal.")
         return recordings
 
-    def _consider(self, key: Hashable, recordings: Sequence[Recording]) -> None:
+    def _consider(self, key: _Key, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
         newest, previous = recordings[0], self._traces.get(key)
         if newest.is_doubtful and self._num_doubtful < _MAX_DOUBTFUL_TRACES:
             self._num_doubtful += 1  # traced again, until no other thread runs beside it
+            return
+        if previous is None and self._num_new_signatures() >= _MAX_TRACES:
+            self._give_up([told_change(*self._read[-2:]) or "it is another one in each step"])
             return
         self._traces[key] = newest
         reasons = list(newest.notes)
@@ -289,6 +302,12 @@ class CapturedStep:
         if self._num_traces >= _MAX_TRACES - 1 and reasons:
             self._give_up(reasons)
 
+    def _num_new_signatures(self) -> int:
+        """Counts the newest signatures, of which none has a program."""
+        known = {key[0] for key in self._programs}
+        return next((count for count, number in enumerate(reversed(range(len(self._read)))) if number in known),
+                    len(self._read))
+
     def _give_up(self, reasons: Sequence[str]) -> None:
         told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
         if self._mode is CaptureMode.require:
@@ -299,16 +318,16 @@ class CapturedStep:
         self._programs.clear()
         self._traces.clear()
 
-    def _tell_of_recompiles(self, key: Any) -> None:
+    def _tell_of_recompiles(self, key: _Key) -> None:
         signature, micro_step, form = key
         if micro_step or (signature, form) in self._captured:
             return
         self._captured[(signature, form)] = None
         if len(self._captured) > _QUIET_CAPTURES:
-            read = list(self._signatures)
             (old, old_form), (new, new_form) = list(self._captured)[-2:]
             logger.warning("%s was captured %d times: %s.", self._name, len(self._captured),
-                           _told_change((read[old], old_form), (read[new], new_form)))
+                           told_change(self._read[old], self._read[new])
+                           or f"the batch changed, {old_form} -> {new_form}")
 
     def _audit(self, program: _Program, recording: Recording) -> None:
         program.num_replays = 0
@@ -386,13 +405,3 @@ class CapturedStep:
 def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     tensors = batch.tensors()
     return [tensors[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
-
-
-def _told_change(old: Any, new: Any) -> str:
-    """Says what changed between two pairs of (signature, form of the batch)."""
-    names = ("the state", "train() or eval() mode", "a hyper-parameter", "a Python value that the step reads")
-    for name, was, now in zip(names, old[0], new[0], strict=True):
-        if was != now:
-            gone, come = [item for item in was if item not in now], [item for item in now if item not in was]
-            return f"{name} changed, {gone[:2]} -> {come[:2]}"
-    return f"the batch changed, {old[1]} -> {new[1]}"

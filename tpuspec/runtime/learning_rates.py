@@ -66,6 +66,11 @@ class LearningRates:
         """Returns the learning rates of the next step, one a group."""
         return [float(group["lr"]) for _, group in self.groups(self._first)]
 
+    def others(self) -> list[Any]:
+        """Returns what else a schedule may move: the other hyper-parameters of its groups."""
+        return [value for _, group in self.groups(self._first) for key, value in group.items()
+                if key not in ("params", "lr", "initial_lr") and not isinstance(value, Tensor)]
+
     def sent(self, replica: Replica) -> list[Tensor]:
         """Returns the learning rates on a replica's device, one a group; sent anew where one changed."""
         rates = self.read()

@@ -67,15 +67,24 @@ class HostCode:
                 self.codes |= {function.__code__}
 
 
-def settings_of(step: Callable[..., Any], host_code: HostCode) -> Snapshot:
-    """Returns the plain values that a step reads besides its module: closures, defaults, globals, bound objects."""
-    return _snapshot({"": step}, host_code, modules=False)
+def settings_of(step: Callable[..., Any], model: nn.Module | None, host_code: HostCode) -> Snapshot:
+    """Returns the plain values that a step reads: closures, defaults, globals, bound objects, attributes of modules.
+
+    Of a module only those that its class or the step's code names: a hook may leave other ones there.
+    """
+    walk = _walked({"": step}, host_code, modules=False)
+    for path, module in () if model is None else model.named_modules():
+        named = _names_of_class(type(module)) | walk.used
+        for name, value in list(vars(module).items()):
+            if name in named and name not in _MODULE_INTERNALS:
+                walk.visit(f"model.{path}.{name}".replace("..", "."), value, 1)
+    return walk.snapshot
 
 
 def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -> Snapshot:
     """Returns all that a step's Python code could change: `settings_of`, modules, optimizers, random state."""
     roots = {"": step} if replica.model is None else {"": step, "model": replica.model}
-    snapshot = _snapshot(roots, host_code, modules=True)
+    snapshot = _walked(roots, host_code, modules=True).snapshot
     for name, optimizer in replica.optimizers.items():
         path = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
@@ -135,7 +144,7 @@ def _digest(data: bytes) -> _Opaque:
     return _Opaque(hashlib.blake2b(data, digest_size=8).digest(), "a state")
 
 
-def _snapshot(roots: Mapping[str, Any], host_code: HostCode, *, modules: bool) -> Snapshot:
+def _walked(roots: Mapping[str, Any], host_code: HostCode, *, modules: bool) -> _Walk:
     hidden = host_code.names
     if hidden:  # but for what the step uses too
         scout = _Walk(host_code.codes, frozenset(), modules=modules)
@@ -145,7 +154,7 @@ def _snapshot(roots: Mapping[str, Any], host_code: HostCode, *, modules: bool) -
     walk = _Walk(host_code.codes, hidden, modules=modules)
     for path, value in roots.items():
         walk.visit(path, value, 0)
-    return walk.snapshot
+    return walk
 
 
 class _Walk:
@@ -283,6 +292,14 @@ def _names_of(code: types.CodeType, without: frozenset[types.CodeType]) -> tuple
             global_names |= inner_global
             closed_names |= inner_closed
     return global_names, closed_names
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_of_class(kind: type) -> frozenset[str]:
+    """Returns the names that the methods of a module's class use."""
+    functions = [value for base in kind.__mro__ if base not in (nn.Module, object) for value in vars(base).values()
+                 if isinstance(value, types.FunctionType) and value.__name__ not in ("__init__", "extra_repr")]
+    return frozenset().union(*(_names_of(function.__code__, frozenset())[0] for function in functions))
 
 
 @functools.lru_cache(maxsize=1024)

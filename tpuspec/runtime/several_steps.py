@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from tpuspec.runtime.slots import read_slots
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
 
+logger = logging.getLogger(__name__)
+
 
 class RatesOfSteps(LearningRates):
     """The learning rates of several steps, as they were noted one step after the other."""
@@ -23,15 +26,21 @@ class RatesOfSteps(LearningRates):
     def __init__(self, replicas: Sequence[Replica]) -> None:
         super().__init__(replicas)
         self._noted: list[list[float]] = []
+        self._others: list[list[Any]] = []
         self._tensors: Sequence[Tensor] = ()
 
-    def note(self) -> None:
-        """Notes the learning rates of the next step."""
-        self._noted.append(super().read())
+    def note(self, num_steps: int, after_each: Callable[[], None]) -> bool:
+        """Notes the learning rates of the next steps; returns whether the schedules move nothing else meanwhile."""
+        self._noted, self._others = [], [super().others()]
+        for _ in range(num_steps):
+            self._noted.append(super().read())
+            after_each()
+            self._others.append(super().others())
+        return all(others == self._others[0] for others in self._others)
 
-    def forget(self) -> None:
-        """Forgets what was noted."""
-        self._noted = []
+    def others(self) -> list[Any]:
+        """Returns the other hyper-parameters of all steps."""
+        return self._others[0]
 
     def read(self) -> list[float]:
         """Returns the learning rates of all steps, one a step and group."""
@@ -121,14 +130,16 @@ class SeveralSteps:
         self._newest = self._single
         return self._single(batches, micro_step)
 
-    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[list[StepOutput]] | None:
         """Dispatches `num_at_once` steps; see `spec.backend.RunsSeveral`."""
         self._single.publish()
+        if not self._rates.note(len(batches), after_each):
+            logger.warning("steps_per_execution=%d has no effect from here on: the schedule moves more than learning "
+                           "rates, as OneCycleLR does unless cycle_momentum=False.", self._num_steps)
+            self._num_steps = 1
+            return None
         self._newest = self._together
-        self._rates.forget()
-        for _ in batches:
-            self._rates.note()
-            after_each()
         form = tuple(form_of(parts[0]) for parts in batches)
         outputs = self._together([
             BatchesOfSteps(parts, form) for parts in zip(*batches, strict=True)])  # type: ignore[misc]

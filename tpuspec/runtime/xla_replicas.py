@@ -31,6 +31,7 @@ from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.sent_batch import SentBatch
 from tpuspec.runtime.several_steps import RatesOfSteps, SeveralSteps, StepsInOne
+from tpuspec.runtime.slots import read_slots
 from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.runtime.xla_pod import find_pod
@@ -296,7 +297,8 @@ class NewestStep:
     def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
         return self._backend.feed_several(batches)
 
-    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[list[StepOutput]] | None:
         assert isinstance(self._step, SeveralSteps)
         self._backend._newest = self._step
         return self._step.run_several(batches, after_each)
@@ -305,7 +307,7 @@ class NewestStep:
         self._entry.publish()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class TracedStep:
     """Traces, compiles where the graph is new, and dispatches each step of one replica, as plain torch_xla does.
 
@@ -318,11 +320,21 @@ class TracedStep:
     enter: Callable[[], Any]
     rates: LearningRates
     compiled: dict[int, bool] = field(default_factory=dict)
+    _is_settled: bool = field(default=False, init=False)
+
+    def publish(self) -> None:
+        """A boundary: what hooks write there is no part of the next step, whose bits it would change."""
+        self._is_settled = False
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; does not wait for it."""
         # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
         # device if that was before the client started.
+        if not self._is_settled:
+            state = list(read_slots(self.replica).values())
+            if waiting := [tensor for tensor, waits in zip(state, graph.pending(state), strict=True) if waits]:
+                graph.materialize(waiting, str(self.replica.device))
+            self._is_settled = True
         sent = self.rates.sent(self.replica)
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
               self.rates.in_place(self.replica, sent)):

@@ -192,7 +192,8 @@ class _SettledStep:
     def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
         return [self._feed(of_step) for of_step in batches]
 
-    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[list[StepOutput]] | None:
         self._settle()
         return self._step.run_several(batches, after_each)
 

@@ -117,7 +117,8 @@ class RunsSeveral(Protocol):
         """As `Backend.feed`, for each of several steps."""
         ...
 
-    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None]) -> list[list[StepOutput]]:
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[list[StepOutput]] | None:
         """Dispatches `num_at_once` steps as one program; does not wait for it.
 
         Args:
@@ -125,7 +126,8 @@ class RunsSeveral(Protocol):
           after_each: called once a step, behind the reading of its learning rates: it sets those of the next one.
 
         Returns:
-          For each step the outputs, one a local replica.
+          For each step the outputs, one a local replica; None where the steps turn out to need programs of their own,
+          after `after_each` was called for all of them, and none was dispatched.
         """
         ...
 
