@@ -24,6 +24,7 @@ from tpuspec.spec.phase import current_phase
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_AFTER_SECOND = 2.0
 _HOST_WORK_SHARE, _NUDGE_SHARE = 0.25, 0.5
+_LOOK_AGAIN_SECONDS = 0.1
 _END = b"\0"  # no signal has this number
 
 _active: Interruption | None = None
@@ -202,6 +203,8 @@ class _Enforcer:
         self._number = number
 
     def _act(self, now: float) -> None:
+        if now >= self._nudge_at and self._interruption.signal is None:
+            self._nudge_at = now + _LOOK_AGAIN_SECONDS  # the main thread is not in Python, and saw no signal yet
         if now >= self._nudge_at:
             self._nudge_at = float("inf")
             if self._interruption.may_break_off:
