@@ -43,6 +43,7 @@ from tpuspec.spec.train_op import reduce_with
 
 T = TypeVar("T")
 
+_MOST_BYTES_AT_ONCE = 16 << 20
 _SEED_OF_REPLICA = 0x9E3779B97F4A7C15
 """Replica i draws with seed + i times this, so that no two of them drop the same units; replica 0 as one device."""
 
@@ -228,8 +229,9 @@ class XlaReplicas:
             if isinstance(leaf, Tensor) and leaf.device.type == "xla":
                 places.setdefault(leaf.device, []).append(i)
         for numbers in places.values():
-            for i, tensor in zip(numbers, graph.fetch([leaves[i] for i in numbers]), strict=True):
-                leaves[i] = tensor
+            for part in _parts_of(numbers, leaves):
+                for i, tensor in zip(part, graph.fetch([leaves[i] for i in part]), strict=True):
+                    leaves[i] = tensor
         return pytree.tree_unflatten(leaves, structure)
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
@@ -262,6 +264,20 @@ class XlaReplicas:
             return gathered
         parts = gathered.chunk(self.topology.num_replicas)
         return torch.cat([parts[place] for place in self._pod.order])
+
+
+def _parts_of(numbers: Sequence[int], leaves: Sequence[Any]) -> Iterator[list[int]]:
+    """Yields numbers of tensors that are fetched at once: torch_xla holds each twice until its transfer ends."""
+    part: list[int] = []
+    num_bytes = 0
+    for number in numbers:
+        if part and num_bytes + leaves[number].nbytes > _MOST_BYTES_AT_ONCE:
+            yield part
+            part, num_bytes = [], 0
+        part.append(number)
+        num_bytes += leaves[number].nbytes
+    if part:
+        yield part
 
 
 def _check_barriers(config: RunConfig, hardware: str) -> None:
