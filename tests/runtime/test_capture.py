@@ -30,6 +30,15 @@ def images(generator):
     return torch.randn(BATCH, 1, 8, 8, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
 
 
+def images_of_mode(params, mode):
+    """An input_fn: endless batches in TRAIN, 45 rows, which no batch size divides, otherwise."""
+    if mode == ModeKeys.TRAIN:
+        return batches(images)(params)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(45, 1, 8, 8, generator=generator)
+    return torch.utils.data.TensorDataset(x, torch.randint(0, 10, (45,), generator=generator))
+
+
 def rows(generator):
     return torch.randn(BATCH, 4, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
 
@@ -221,25 +230,18 @@ def test_a_scheduled_learning_rate_replays_with_the_same_bits(make_optimizer, tm
 
 
 def test_eval_and_predict_replay_with_the_same_values(tmp_path):
-    def input_fn(params, mode):
-        if mode == ModeKeys.TRAIN:
-            return batches(images)(params)
-        generator = torch.Generator().manual_seed(4)
-        x = torch.randn(45, 1, 8, 8, generator=generator)
-        return torch.utils.data.TensorDataset(x, torch.randint(0, 10, (45,), generator=generator))
-
     torch.manual_seed(0)
     model = conv_net()
-    traced, captured = (run(capture, classify, model, adamw, input_fn, tmp_path, steps=5)[2]
+    traced, captured = (run(capture, classify, model, adamw, images_of_mode, tmp_path, steps=5)[2]
                         for capture in ("off", "require"))
-    assert traced.evaluate(input_fn) == captured.evaluate(input_fn)
+    assert traced.evaluate(images_of_mode) == captured.evaluate(images_of_mode)
     assert kind(captured) == "replay"
-    for one, other in zip(traced.predict(input_fn), captured.predict(input_fn), strict=True):
+    for one, other in zip(traced.predict(images_of_mode), captured.predict(images_of_mode), strict=True):
         assert (one["logits"] == other["logits"]).all()
     assert kind(captured) == "replay"
     # Training goes on from what the evaluation left alone.
-    traced.train(input_fn, steps=5)
-    captured.train(input_fn, steps=5)
+    traced.train(images_of_mode, steps=5)
+    captured.train(images_of_mode, steps=5)
     for name, value in traced._sessions[True].model_state().items():
         assert torch.equal(value, captured._sessions[True].model_state()[name]), name
 

@@ -24,13 +24,14 @@ from tests.runtime.test_capture import (
     gan,
     gan_model,
     images,
+    images_of_mode,
     kind,
     rows,
     run,
     sgd,
     text,
 )
-from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, Trainer
+from tpuspec import RunConfig, SessionRunHook, TPUConfig, Trainer
 from tpuspec.errors import CaptureError, ConfigError, NonFiniteLossError, SpecError
 from tpuspec.runtime.several_steps import SeveralSteps
 
@@ -229,19 +230,12 @@ def test_a_number_of_steps_that_is_none_is_refused(value):
 
 
 def test_evaluation_and_prediction_go_on_as_before(tmp_path):
-    def input_fn(params, mode):
-        if mode == ModeKeys.TRAIN:
-            return batches(images)(params)
-        generator = torch.Generator().manual_seed(4)
-        x = torch.randn(45, 1, 8, 8, generator=generator)
-        return torch.utils.data.TensorDataset(x, torch.randint(0, 10, (45,), generator=generator))
-
     torch.manual_seed(0)
     model = conv_net()
-    one, several = (run("require", classify, model, adamw, input_fn, tmp_path, steps=20, steps_per_execution=number)[2]
-                    for number in (1, 4))
-    assert one.evaluate(input_fn) == several.evaluate(input_fn)
-    one.train(input_fn, steps=20)
-    several.train(input_fn, steps=20)
+    one, several = (run("require", classify, model, adamw, images_of_mode, tmp_path, steps=20,
+                        steps_per_execution=number)[2] for number in (1, 4))
+    assert one.evaluate(images_of_mode) == several.evaluate(images_of_mode)
+    one.train(images_of_mode, steps=20)
+    several.train(images_of_mode, steps=20)
     for name, value in one._sessions[True].model_state().items():
         assert torch.equal(value, several._sessions[True].model_state()[name]), name
