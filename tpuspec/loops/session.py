@@ -149,7 +149,7 @@ class Session:
             self._schedules.step()
 
     def take_back_updates(self, step: int) -> None:
-        """Counts as before updates whose dispatch failed."""
+        """Counts again from a step on, as before updates that were not dispatched after all."""
         self.global_step = step
         if self._schedules is not None:
             self._schedules.move_to(step)
@@ -209,11 +209,13 @@ class Session:
         try:
             yield
         finally:
-            for step in self._compiled.values():
-                step.publish()  # also where the loop was left early: the next one starts from the modules again
-            for part, training in modes:
-                part.training = training
-            self.backend.set_rng_state(random_state)
+            try:
+                for step in self._compiled.values():
+                    step.publish()  # also where the loop was left early: the next one starts from the modules again
+            finally:
+                for part, training in modes:
+                    part.training = training
+                self.backend.set_rng_state(random_state)
 
     @contextlib.contextmanager
     def with_buffers_of_chief(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ class TrainLoop:
         while steps are left and nobody asked to stop:
           hooks.before_run
           iterations_per_loop times: draw a batch, feed it, dispatch the step, submit it to the drain
+            (steps_per_execution of them at a time, once the step is captured)
           publish the state; if it is time, wait for the host work and save; hooks.after_run
         wait for the host work; save the last checkpoint; hooks.end
 
