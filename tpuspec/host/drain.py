@@ -68,7 +68,7 @@ class Drain:
     all, so that the device has the others to go on with meanwhile.
 
     Args:
-      fetch: copies a list of device tensors to the host in one transfer; `Backend.fetch`. Called on the worker.
+      fetch: copies a list of device tensors to the host; `Backend.fetch`. Called on the worker.
       executor: the worker; its bounded queue holds back a loop whose host functions are too slow.
       work: what to do with a step, on the worker.
       copies: replicas that compute the same rows, in BROADCAST all of them; the first one's outputs are taken.

@@ -1,6 +1,6 @@
 """The captured step: traced until two traces are equal, then replayed without running Python code.
 
-Inside a loop the newest state lives in `_ReplicaState.values`; the modules and optimizers hold it again after
+Inside a loop the newest state lives in `ReplicaState.values`; the modules and optimizers hold it again after
 `publish`. All replicas are driven by one thread: each traces and compiles in turn, which runs nothing, and only then is
 each launched, so that an error in one replica's trace is that error and nothing waits for a peer that never comes.
 """
@@ -29,9 +29,10 @@ from tpuspec.runtime.recording import (
     record,
     undone_on_error,
 )
+from tpuspec.runtime.replica_state import ReplicaState
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.signature import Signature, read_settings, read_signature, told_change
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners
+from tpuspec.runtime.slots import Slot
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 
@@ -76,52 +77,6 @@ class _Program:
     num_replays: int = 0
 
 
-class _ReplicaState:
-    """One replica's state while its steps are replayed.
-
-    Attributes:
-      replica: the replica.
-      values: number of a slot -> its newest value.
-      seed: of the next step.
-    """
-
-    def __init__(self, replica: Replica) -> None:
-        self.replica = replica
-        self.device = str(replica.device)
-        self.values: list[Any] = []
-        self.seed = 0
-        self._tensors: dict[Slot, Tensor] = {}
-
-    def adopt(self, numbers: dict[Slot, int]) -> None:
-        """Takes the state over from module and optimizers."""
-        before = Before(self.replica)
-        self._tensors = before.slots
-        for slot in before.slots:
-            numbers.setdefault(slot, len(numbers))
-        self.values = [None] * len(numbers)
-        for slot, value in before.inner.items():
-            self.values[numbers[slot]] = value
-        self.seed = graph.get_seed(self.device)
-
-    def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
-        """Gives the newest values back to module and optimizers."""
-        owners = gradient_owners(self.replica)
-        for slot, number in numbers.items():
-            if number not in written or number >= len(self.values):
-                continue
-            value = self.values[number]
-            if slot.kind == GRADIENT:
-                owners[slot].grad = value
-            else:
-                graph.publish(self._tensors[slot], graph.inner(value))
-        graph.set_seed(self.seed, self.device)
-        self.values = []
-
-    def forget(self) -> None:
-        """Drops the references to the state's buffers."""
-        self.values, self._tensors = [], {}
-
-
 class CapturedStep:
     """A step over the local replicas that is captured as soon as it may be; see `spec.backend.CompiledStep`.
 
@@ -149,7 +104,7 @@ class CapturedStep:
         self._step, self._replicas, self._name = step, tuple(replicas), name
         self._mode, self._enter, self._fallback = mode, enter, fallback
         self._num_steps, self._audit_every = num_steps, max(1, audit_every // num_steps)
-        self._states = [_ReplicaState(replica) for replica in replicas]
+        self._states = [ReplicaState(replica) for replica in replicas]
         self._several = len(replicas) > 1
         self._rates = rates or LearningRates(replicas)
         self._numbers: dict[Slot, int] = {}

@@ -119,6 +119,11 @@ def pending(tensors: Sequence[Tensor]) -> list[bool]:
     return _C._check_tensor_need_materialization(list(tensors)) if tensors else []
 
 
+def waiting(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns those whose values are still to be computed."""
+    return [tensor for tensor, is_pending in zip(tensors, pending(tensors), strict=True) if is_pending]
+
+
 def num_pending(device: str) -> int:
     """Counts the live tensors of a device whose values are still to be computed."""
     return sum(_C._check_device_tensor_need_materialization(device))

@@ -118,9 +118,7 @@ class Before:
 def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
     """Gives every slot a value and a buffer of its own: a clone shares its original's until one of them is written."""
     tensors = list(slots.values())
-    waiting = [tensor for tensor, is_pending in zip(tensors, graph.pending(tensors), strict=True) if is_pending]
-    if waiting:
-        graph.materialize(waiting, device)
+    graph.materialize(graph.waiting(tensors), device)
     seen: set[int] = set()
     for tensor, handle in zip(tensors, graph.handles(tensors), strict=True):
         if handle in seen:
@@ -253,7 +251,7 @@ def _find_inputs(recording: Recording, known: Callable[[graph.GraphInput], Sourc
 def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bool) -> None:
     """Makes roots of pending tensors that Python code keeps beside the spec: they would never get a value."""
     seen = [*recording.roots, *before.slots.values()]
-    known = {graph.tensor_id(tensor) for tensor, waits in zip(seen, graph.pending(seen), strict=True) if waits}
+    known = {graph.tensor_id(tensor) for tensor in graph.waiting(seen)}
     # A gradient is a view of what autograd keeps, which Python has no name for.
     num_known = len(known) + sum(slot.kind == GRADIENT for slot in [*recording.written, *recording.dropped])
     if graph.num_pending(device) <= num_known:
@@ -274,8 +272,7 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
 def _pending_tensors(device: str) -> dict[int, Tensor]:
     """Returns the live tensors of a device that are still to be computed, by their tensor_id."""
     kept = [item for item in instances_of(Tensor) if _is_on(item, device)]
-    return {graph.tensor_id(tensor): tensor for tensor, is_pending in zip(kept, graph.pending(kept), strict=True)
-            if is_pending}
+    return {graph.tensor_id(tensor): tensor for tensor in graph.waiting(kept)}
 
 
 def _is_on(tensor: Tensor, device: str) -> bool:

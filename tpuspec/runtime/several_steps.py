@@ -6,15 +6,16 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from tpuspec.runtime import graph
+from tpuspec.runtime.capture import CapturedStep
 from tpuspec.runtime.learning_rates import LearningRates
 from tpuspec.runtime.sent_batch import BatchesOfSteps, form_of
 from tpuspec.runtime.slots import read_slots
-from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
+from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -81,22 +82,12 @@ class StepsInOne:
             if number:
                 seed = graph.next_seed(seed)
                 graph.set_seed(seed, device)
-                state = list(read_slots(replica).values())
-                graph.separate([tensor for tensor, waits in zip(state, graph.pending(state), strict=True) if waits])
+                graph.separate(graph.waiting(list(read_slots(replica).values())))
             with self.rates.of_step(number, replica):
                 outputs.append(self.step(replica, part, micro_step))
         return replace(outputs[-1], tensors={
             f"{number} {group}": tensors for number, output in enumerate(outputs)
             for group, tensors in output.tensors.items()})
-
-
-class Capturing(CompiledStep, Protocol):
-    """A step that is captured as soon as it may be."""
-
-    kind: str
-
-    @property
-    def has_given_up(self) -> bool: ...
 
 
 class SeveralSteps:
@@ -109,7 +100,7 @@ class SeveralSteps:
       num_steps: steps of `together`.
     """
 
-    def __init__(self, single: Capturing, together: Capturing, rates: RatesOfSteps, num_steps: int) -> None:
+    def __init__(self, single: CapturedStep, together: CapturedStep, rates: RatesOfSteps, num_steps: int) -> None:
         self._single, self._together, self._rates, self._num_steps = single, together, rates, num_steps
         self._newest = single
 

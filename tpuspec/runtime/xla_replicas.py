@@ -217,12 +217,12 @@ class XlaReplicas:
                 return fn()
         finally:
             self.set_rng_state(random_state)
-            if replica.model is not None and (buffers := list(replica.model.buffers())):
+            if replica.model is not None:
                 # Makes the written-back buffers plain device data: the first step's graph is then that of all others.
-                graph.materialize(buffers, str(replica.device))
+                graph.materialize(list(replica.model.buffers()), str(replica.device))
 
     def fetch(self, tree: T) -> T:
-        """Copies every XLA tensor of the structure to the host, in one transfer a device."""
+        """Copies every XLA tensor of the structure to the host; small ones in one transfer a device."""
         leaves, structure = pytree.tree_flatten(tree)
         places: dict[torch.device, list[int]] = {}
         for i, leaf in enumerate(leaves):
@@ -344,19 +344,17 @@ class TracedStep:
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; does not wait for it."""
-        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
-        # device if that was before the client started.
         if not self._is_settled:
-            state = list(read_slots(self.replica).values())
-            if waiting := [tensor for tensor, waits in zip(state, graph.pending(state), strict=True) if waits]:
-                graph.materialize(waiting, str(self.replica.device))
+            graph.materialize(graph.waiting(list(read_slots(self.replica).values())), str(self.replica.device))
             self._is_settled = True
         sent = self.rates.sent(self.replica)
+        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
+        # device if that was before the client started.
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
               self.rates.in_place(self.replica, sent)):
             outputs = [self.step(self.replica, batches[0], micro_step)]
         # Optimizers that make state in their first step have two graphs, so compiles come in a row.
-        is_settled = not self.compiled.get(micro_step, True)
-        with contextlib.nullcontext() if is_settled else in_phase("compile"):
+        may_compile = self.compiled.get(micro_step, True)
+        with in_phase("compile") if may_compile else contextlib.nullcontext():
             self.compiled[micro_step] = graph.end_step()
         return outputs

@@ -189,7 +189,7 @@ class Backend(Protocol):
         ...
 
     def fetch(self, tree: T) -> T:
-        """Copies every device tensor of a nested structure to the host, in one transfer a device."""
+        """Copies every device tensor of a nested structure to the host, in as few transfers as serve it."""
         ...
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
