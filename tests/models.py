@@ -15,6 +15,7 @@ from tpuspec import (
     HookContext,
     ModeKeys,
     RunConfig,
+    ServingInputReceiver,
     SessionRunHook,
     TPUEstimatorSpec,
     Trainer,
@@ -43,6 +44,20 @@ def make_spec(mode: str, outputs: Tensor, labels: Tensor | None, optimizer: Any,
 
 def model_fn(features, labels, mode, params, model, optimizer):
     return make_spec(mode, model(features), labels, optimizer)
+
+
+def in_predict(function: Callable[..., TPUEstimatorSpec]) -> Callable[..., TPUEstimatorSpec]:
+    """The regression's model_fn, but for mode PREDICT, where it is a function of (features, mode, params, model)."""
+    def both(features, labels, mode, params, model, optimizer):
+        if mode == ModeKeys.PREDICT:
+            return function(features, mode, params, model)
+        return model_fn(features, labels, mode, params, model, optimizer)
+
+    return both
+
+
+def serving_input_fn():
+    return ServingInputReceiver(torch.zeros(1, 1))
 
 
 def input_fn(params):

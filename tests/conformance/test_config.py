@@ -291,10 +291,3 @@ def test_cfg_14_an_evaluator_stands_outside_the_cluster(monkeypatch, rank, world
     config = RunConfig(task_type="evaluator")
     assert not config.is_chief
     assert (config.cluster.task_type, config.cluster.num_workers) == ("evaluator", 0)
-
-
-def test_cfg_14_there_is_one_evaluator_at_most(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with raises_value_error("there can only be one `evaluator` task; got RANK='1'"):
-        RunConfig(task_type="evaluator")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import tpuspec
-from tests.models import input_fn, make_config, make_trainer
+from tests.models import in_predict, input_fn, make_config, make_trainer, serving_input_fn
+from tests.models import model_fn as regression
 from tpuspec import (
     ClassificationOutput,
     ModeKeys,
@@ -25,28 +26,12 @@ from tpuspec.export.signature import flatten_output, rebuild_output
 CPU, TPU = {"serve"}, {"serve", "tpu"}
 
 
-def serving_input_fn():
-    return ServingInputReceiver(torch.zeros(1, 1))
-
-
 def identity(features, mode, params):
     return TPUEstimatorSpec(mode, predictions={"x": features})
 
 
 def trained(tmp_path, **arguments):
     return make_trainer(tmp_path / "run", **arguments).train(input_fn, max_steps=1)
-
-
-def predictions_of(model_fn):
-    """A model_fn whose spec in PREDICT is another one's."""
-    def both(features, labels, mode, params, model, optimizer):
-        from tests.models import model_fn as regression
-
-        if mode == ModeKeys.PREDICT:
-            return model_fn(features, mode, params, model)
-        return regression(features, labels, mode, params, model, optimizer)
-
-    return both
 
 
 def same_variants(path, features):
@@ -92,7 +77,7 @@ def test_exp_03_model_fn_runs_in_predict_without_batch_size_and_context(tmp_path
         seen.append((mode, sorted(params)))
         return TPUEstimatorSpec(mode, predictions={"x": features})
 
-    trainer = trained(tmp_path, model_fn=predictions_of(model_fn), params={"own": 1}, predict_batch_size=1)
+    trainer = trained(tmp_path, model_fn=in_predict(model_fn), params={"own": 1}, predict_batch_size=1)
     path = trainer.export(tmp_path / "out", serving_input_fn)
     assert set(map(str, seen)) == {str((ModeKeys.PREDICT, ["own", "use_tpu"]))}
     x = torch.tensor([[1.5], [-2.0], [0.25]])
@@ -104,9 +89,7 @@ def test_exp_04_use_tpu_in_params_is_true_for_the_variant_for_xla_only_and_label
         if mode == ModeKeys.PREDICT:
             assert labels is None
             return TPUEstimatorSpec(mode, predictions={"x": features * (10 if params["use_tpu"] else 1)})
-        return tests_model_fn(features, labels, mode, params, model, optimizer)
-
-    from tests.models import model_fn as tests_model_fn
+        return regression(features, labels, mode, params, model, optimizer)
 
     trainer = trained(tmp_path, model_fn=model_fn, use_tpu=False, params={"own": 1})
     path = trainer.export(tmp_path / "out", serving_input_fn)
@@ -180,7 +163,7 @@ def constant(value):
 
 
 def test_exp_08_without_export_outputs_there_is_one_signature_and_a_bare_tensor_is_called_output(tmp_path):
-    path = trained(tmp_path, use_tpu=False, model_fn=predictions_of(
+    path = trained(tmp_path, use_tpu=False, model_fn=in_predict(
         lambda features, mode, params, model: TPUEstimatorSpec(mode, predictions=model(features)))).export(
             tmp_path / "out", serving_input_fn)
     model = load(path)
@@ -203,7 +186,7 @@ def test_exp_09_a_weight_that_the_checkpoint_lacks_is_named_with_the_mode(tmp_pa
     trained(tmp_path, use_tpu=False)
     wider = make_trainer(tmp_path / "run", use_tpu=False,
                          model=lambda params: nn.ModuleDict({"layer": nn.Linear(1, 1), "more": nn.Linear(1, 1)}),
-                         model_fn=predictions_of(
+                         model_fn=in_predict(
                              lambda features, mode, params, model: TPUEstimatorSpec(
                                  mode, predictions={"y": model["more"](model["layer"](features))})))
     with pytest.raises(ValueError, match=r"(?s)Could not load all requested variables from checkpoint .*checkpoint-1 "
@@ -244,7 +227,7 @@ def test_exp_10_a_receiver_of_something_else_is_refused(arguments, says):
 
 
 def test_exp_10_a_single_receiver_is_called_input_and_features_may_be_computed(tmp_path):
-    trainer = trained(tmp_path, use_tpu=False, model_fn=predictions_of(
+    trainer = trained(tmp_path, use_tpu=False, model_fn=in_predict(
         lambda features, mode, params, model: TPUEstimatorSpec(mode, predictions={"y": features[7] + features["z"]})))
     path = trainer.export(tmp_path / "out", lambda params: ServingInputReceiver(
         lambda received: {7: received["a"].float() / 2, "z": received["b"]},

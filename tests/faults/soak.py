@@ -45,7 +45,7 @@ class Held:
 
 
 class _Evaluation(tpuspec.CheckpointSaverListener):
-    """Evaluates each checkpoint within the training, as the command line does."""
+    """Evaluates at each checkpoint within the training."""
 
     def __init__(self, trainer: tpuspec.Trainer) -> None:
         self._trainer = trainer

@@ -11,8 +11,8 @@ import torch
 
 import tpuspec
 from tests.faults.system_calls import Killed, SystemCalls, system_calls
+from tests.models import serving_input_fn
 from tests.regression import make_trainer, rows_input
-from tpuspec import ServingInputReceiver
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.checkpoint.tensors import encode_tensors
 from tpuspec.errors import ConfigError, ExportError
@@ -24,10 +24,6 @@ from tpuspec.spec.export_output import PredictOutput
 
 NATIVE = "use_tpu=false"
 MOST_SECONDS, SECONDS_AT_ONCE = 20.0, 10.0  # as in test_signals
-
-
-def serving_input_fn():
-    return ServingInputReceiver(torch.zeros(1, 1))
 
 
 def visible(base: Path) -> list[str]:

@@ -12,8 +12,8 @@ import signal
 import sys
 
 import numpy as np
-import torch.export._trace  # noqa: F401 - likewise
-import torch_xla  # noqa: F401 - what takes seconds to import
+import torch.export._trace  # noqa: F401 - what takes seconds to import
+import torch_xla  # noqa: F401 - likewise
 
 import tpuspec.runtime.xla_replicas
 import tpuspec.train  # noqa: F401

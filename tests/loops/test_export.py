@@ -11,29 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tpuspec
-from tests.models import input_fn, make_config, make_trainer
+from tests.models import in_predict, input_fn, make_config, make_trainer, serving_input_fn
 from tests.models import model_fn as regression
 from tests.regression import batch_norm_net
-from tpuspec import EvalSpec, LatestExporter, ModeKeys, Scaffold, ServingInputReceiver, TPUEstimatorSpec, TrainSpec
+from tpuspec import EvalSpec, LatestExporter, Scaffold, TPUEstimatorSpec, TrainSpec
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export import load
 from tpuspec.loops.export_folder import commit_next
 
 X = torch.linspace(-1, 1, 4).reshape(4, 1)
-
-
-def serving_input_fn():
-    return ServingInputReceiver(torch.zeros(1, 1))
-
-
-def in_predict(function):
-    """The regression, whose model_fn in PREDICT is another one of (features, mode, params, model)."""
-    def model_fn(features, labels, mode, params, model, optimizer):
-        if mode == ModeKeys.PREDICT:
-            return function(features, mode, params, model)
-        return regression(features, labels, mode, params, model, optimizer)
-
-    return model_fn
 
 
 def native(tmp_path, model_fn=regression, **arguments):

@@ -229,7 +229,6 @@ def evaluate_continuously(evaluations: Evaluations, eval_spec: EvalSpec, latest_
       latest_checkpoint: returns the newest checkpoint.
       sleep: waits so many seconds.
       clock: monotonic seconds.
-
     """
     sleep(eval_spec.start_delay_secs)
     while not evaluations.is_complete:
