@@ -11,6 +11,7 @@ import torch
 
 import tpuspec
 from tests.faults.system_calls import Killed, SystemCalls, system_calls
+from tests.full_disk import SmallDisk, full_at
 from tests.models import serving_input_fn
 from tests.regression import make_trainer, rows_input
 from tpuspec.checkpoint.store import CheckpointStore
@@ -218,3 +219,19 @@ def test_fault_49_a_folder_that_cannot_be_is_refused_before_model_fn_runs(tmp_pa
     with pytest.raises(ConfigError, match="export_dir_base must be a folder"):
         trainer.export(base, serving_input_fn)
     assert os.listdir(tmp_path) == []
+
+
+def test_fault_49_54_a_folder_in_which_no_file_can_grow_is_refused_and_left_empty(tmp_path, trainer):
+    says = r"must be a folder that can be written; .*File too large.* Raise the limit on the size of files, or take"
+    with full_at(0), pytest.raises(ConfigError, match=says):
+        trainer.export(tmp_path / "out", serving_input_fn)
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.hardware
+def test_fault_49_54_a_folder_on_a_full_disk_is_refused_and_left_empty(tmp_path, trainer):
+    with SmallDisk(tmp_path / "out", 64_000).mounted() as disk:
+        disk.fill()
+        with pytest.raises(ConfigError, match=r"No space left on device.* Make room, or take another one"):
+            trainer.export(tmp_path / "out", serving_input_fn)
+        assert os.listdir(tmp_path / "out") == ["filler"]

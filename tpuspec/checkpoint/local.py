@@ -17,6 +17,7 @@ from tpuspec.checkpoint.disk import write_file
 from tpuspec.checkpoint.folder import CHECKPOINT_NAME, OpenFile, WriteFile
 from tpuspec.checkpoint.lock import writer_lock
 from tpuspec.checkpoint.manifest import MANIFEST_FILE
+from tpuspec.checkpoint.writable import prove_writable
 
 
 class LocalFile:
@@ -129,13 +130,8 @@ class LocalStorage:
         discard(self.path(name))
 
     def check_writable(self) -> None:
-        """Makes the folder, and writes a file; permission bits say nothing to root, or of a read-only mount."""
-        probe = self.location / f".probe-{os.getpid()}"
-        self.location.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(b"tpuspec")
-        finally:
-            probe.unlink(missing_ok=True)  # on a full disk it is made, and stays empty
+        """Makes the folder, and writes a file."""
+        prove_writable(self.location)
 
     def sweep(self) -> None:
         """Deletes or gives back what dead writers left."""

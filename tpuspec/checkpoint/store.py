@@ -22,13 +22,13 @@ from tpuspec.checkpoint.format import (
 from tpuspec.checkpoint.location import open_storage, resolve
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
+from tpuspec.checkpoint.writable import NO_ROOM, how_to_mend
 from tpuspec.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 # Errors of a disk that may pass: what was written is thrown away, and all of it written again.
 _PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE})
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _RETRY_AFTER_SECONDS = (0.1, 1.0)
 _MOST_ATTEMPTS = 5
 
@@ -95,9 +95,8 @@ class CheckpointStore:
             raise self._not_writable(error) from error
 
     def _not_writable(self, error: Exception) -> ConfigError:
-        mend = "Make room" if getattr(error, "errno", None) in _NO_ROOM else "Mend its permissions"
         return ConfigError(f"model_dir must be a folder that can be written; {str(self.model_dir)!r} is not: {error}. "
-                           f"{mend}, or set another model_dir.")
+                           f"{how_to_mend(error)}, or set another model_dir.")
 
     def path(self, step: int) -> Location:
         """Returns the folder of the checkpoint of `step`, whether it exists or not; an address as a str."""
@@ -237,7 +236,7 @@ class CheckpointStore:
                 return self._storage.commit(name, write)
             except (OSError, ValueError) as error:
                 number = getattr(error, "errno", None)
-                if number in _NO_ROOM:
+                if number in NO_ROOM:
                     known = "" if free is None else f", and {free:,} are free"
                     raise CheckpointError(f"{failed} It needs {num_bytes:,} bytes{known}: {error}. Make room, or lower "
                                           "keep_checkpoint_max.") from error

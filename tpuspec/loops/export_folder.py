@@ -13,6 +13,7 @@ from tpuspec.checkpoint.commit import commit, discard, sweep
 from tpuspec.checkpoint.disk import make_folder, sync_folder, write_file
 from tpuspec.checkpoint.folder import Written
 from tpuspec.checkpoint.location import is_remote
+from tpuspec.checkpoint.writable import how_to_mend, prove_writable
 from tpuspec.errors import ConfigError, ConfigTypeError
 
 _TIMESTAMP = re.compile(r"[0-9]{10}", re.ASCII)
@@ -32,13 +33,10 @@ def check_base(base: str | os.PathLike[str]) -> Path:
                           "one, then copy the folder that export() returns.")
     folder = Path(base)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"tpuspec")
-        probe.unlink()
+        prove_writable(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"export_dir_base must be a folder that can be written; {os.fspath(base)!r} is not: {error}. "
-                          "Mend its permissions, or take another one.") from error
+                          f"{how_to_mend(error)}, or take another one.") from error
     _next_name(folder, 0)
     return folder
 
