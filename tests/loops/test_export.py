@@ -14,7 +14,7 @@ import tpuspec
 from tests.models import in_predict, input_fn, make_config, make_trainer, serving_input_fn
 from tests.models import model_fn as regression
 from tests.regression import batch_norm_net
-from tpuspec import EvalSpec, LatestExporter, Scaffold, TPUEstimatorSpec, TrainSpec
+from tpuspec import EvalSpec, LatestExporter, ModeKeys, Scaffold, TPUEstimatorSpec, TrainSpec
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export import load
 from tpuspec.loops.export_folder import commit_next
@@ -93,6 +93,19 @@ def test_tied_weights_are_stored_once_and_buffers_that_no_checkpoint_holds_too(t
 
 
 def test_a_trainer_without_a_model_is_exported(tmp_path):
+    def model_fn(features, labels, mode, params):
+        if mode == ModeKeys.PREDICT:
+            return TPUEstimatorSpec(mode, predictions={"outputs": features * params["factor"]})
+        return TPUEstimatorSpec(mode, loss=features.sum(), train_op=lambda: None)
+
+    trainer = native(tmp_path, model_fn, model=None, optimizer=None, params={"factor": 3.0})
+    path = trainer.train(input_fn, max_steps=2).export(tmp_path / "out", serving_input_fn)
+    served = load(path)
+    assert served.global_step == 2 and load_file(f"{path}/weights.safetensors") == {}
+    assert torch.equal(served(X)["outputs"], X * 3)
+
+
+def test_a_modules_weights_for_a_trainer_without_a_model_are_refused(tmp_path):
     def model_fn(features, mode, params):
         return TPUEstimatorSpec(mode, predictions={"y": features * 2})
 
