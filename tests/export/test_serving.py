@@ -1,4 +1,4 @@
-"""Loading and serving: what is refused, and that torch and safetensors are all it takes."""
+"""Loading and serving: what is refused, and that neither torch_xla nor the model's code is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads an export and serves it: torch and safetensors are all it takes, on any device of torch's."""
+"""Loads an export and serves it on any device of torch's; needs neither torch_xla nor the model's code."""
 
 from __future__ import annotations
 
