@@ -106,6 +106,12 @@ def test_a_function_that_depends_on_a_counter_is_refused():
         traced(lambda weights, x: {"y": x * next(count)})
 
 
+def test_an_integer_that_depends_on_a_counter_is_warned_of(caplog):
+    count = itertools.count(1)
+    traced(lambda weights, x: {"y": torch.full_like(x, next(count), dtype=torch.int64)})
+    assert "gives another serving_default.y than model_fn for some rows" in caplog.text
+
+
 def test_random_numbers_of_torch_are_drawn_anew_by_each_request():
     program = loaded(traced(lambda weights, x: {"y": torch.rand(x.shape[0])}))
     first, second = (program({}, X)["serving_default"]["y"] for _ in range(2))

@@ -72,7 +72,8 @@ def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: 
       fixed_batch: whether the program takes as many rows as the example only.
 
     Raises:
-      ExportError: the function cannot be a program, or depends on something besides its arguments.
+      ExportError: the function cannot be a program, or the program gives another shape or dtype than the function, or a
+        floating output that differs by more than about 1 %, as it may where the function depends on a counter.
       Exception: of the function, as it is.
     """
     weights = {name: weights[name] for name in sorted(weights)}
@@ -87,6 +88,8 @@ def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: 
     example = received if fixed_batch else _repeat_rows(received, 2)  # one row would be taken for a constant
     exported = _export(_Function(served, changed), weights, example, fixed_batch=fixed_batch)
     program = _as_module(exported)
+    # The function gets copies of all weights: for these rows it may change others than for the example, and what it is
+    # given here is what is exported.
     for rows in (received,) if fixed_batch else (received, _repeat_rows(received, 3), _first_row(received)):
         _check_same(program, _Function(served, frozenset(weights)), weights, rows)
     return Program(
@@ -140,6 +143,7 @@ def _check_same(program: Callable[..., Any], function: nn.Module, weights: Weigh
             raise ExportError(f"the exported program gives {name} as {other.dtype} {list(other.shape)}, and model_fn "
                               f"as {value.dtype} {list(value.shape)}. {_DEPENDS}")
         if not value.is_floating_point():
+            # Not refused: an argmax among scores that are equal to the last bits may be another index.
             if not torch.equal(other, value):
                 logger.warning("the exported program gives another %s than model_fn for some rows. %s", name, _DEPENDS)
         elif not _is_close(other.double(), value.double()):
