@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tpuspec.checkpoint.restore import list_mismatches, load_into_module
+from tpuspec.checkpoint.restore import load_into_module
 from tpuspec.checkpoint.state import storable_tensors
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.checkpoint.tensors import encode_tensors
@@ -30,7 +30,7 @@ from tpuspec.loops.export_folder import check_base, commit_next, writing_into
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.step import ModelFnCall
-from tpuspec.loops.weights import choosing_weights
+from tpuspec.loops.weights import check_ready, choosing_weights
 from tpuspec.precision import cast_module, cast_tensor, for_host
 from tpuspec.spec.backend import Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec
@@ -216,19 +216,19 @@ class _Outer(nn.Module):
 
 
 def _load(module: nn.Module | None, tensors: dict[str, Tensor], scaffold: Scaffold, where: str) -> None:
-    if module is not None:
-        if scaffold.restore is not None:
-            scaffold.restore(module, tensors)
-        else:
-            if problems := list_mismatches(module.state_dict(), tensors):
-                raise UnfitCheckpointError(
-                    f"Could not load all requested variables from checkpoint {where} for mode "
-                    f"{str(ModeKeys.PREDICT)!r}; nothing was exported:\n" + "\n".join(f"  {line}" for line in problems))
+    if module is None:
+        if tensors:
+            raise UnfitCheckpointError(
+                f"the checkpoint {where} holds a module's tensors, but the Trainer has no model.")
+    elif scaffold.restore is not None:
+        scaffold.restore(module, tensors)
+    else:
+        try:
             load_into_module(module, tensors)
-        if scaffold.ready_fn is not None and (missing := scaffold.ready_fn(module)) is not None:
-            raise ConfigError(f"the model is not ready, says the scaffold's ready_fn: {missing}")
-    elif tensors:
-        raise UnfitCheckpointError(f"the checkpoint {where} holds a module's tensors, but the Trainer has no model.")
+        except CheckpointError as error:
+            raise UnfitCheckpointError(f"Could not load all requested variables from checkpoint {where} for mode "
+                                       f"{str(ModeKeys.PREDICT)!r}; nothing was exported. {error}") from error
+    check_ready(module, scaffold)
 
 
 def _write(base: Path, module: nn.Module | None, **contents: Any) -> Path:

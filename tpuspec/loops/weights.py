@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -44,18 +44,18 @@ def restore_for_training(session: Session, state: TrainingState | None, scaffold
         for replica in session.replicas:
             if replica.model is not None:
                 scaffold.init_fn(replica.model)
-    check_ready(session, scaffold)
+    check_ready(session.module, scaffold)
     session.has_state = True
 
 
-def check_ready(session: Session, scaffold: Scaffold) -> None:
-    """Asks the scaffold whether the model is ready.
+def check_ready(module: nn.Module | None, scaffold: Scaffold) -> None:
+    """Asks the scaffold whether the model is ready, where there is one.
 
     Raises:
       ConfigError: it says what is missing.
     """
-    if scaffold.ready_fn is not None and session.module is not None:
-        missing = scaffold.ready_fn(session.module)
+    if scaffold.ready_fn is not None and module is not None:
+        missing = scaffold.ready_fn(module)
         if missing is not None:
             raise ConfigError(f"the model is not ready, says the scaffold's ready_fn: {missing}")
 
@@ -138,7 +138,7 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
         chosen = held.enter_context(choosing_weights(trained, store, checkpoint_path))
         own_step = session.global_step
         if chosen.path is None and (chosen.live is None or (chosen.live is session and scaffold.restore is None)):
-            check_ready(session, scaffold)
+            check_ready(session.module, scaffold)
             yield chosen.holder
             return
         tensors, step = chosen.read(store, scaffold)
@@ -147,7 +147,7 @@ def borrowed_weights(session: Session, trained: Session | None, store: Checkpoin
         try:
             session.load_model(tensors, scaffold)
             session.set_global_step(step)
-            check_ready(session, scaffold)
+            check_ready(session.module, scaffold)
             yield chosen.holder
         finally:
             session.load_model(own)
