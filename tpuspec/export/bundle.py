@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import zlib
@@ -25,6 +24,7 @@ import torch
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
 from tpuspec.export.program import Program
 from tpuspec.export.signature import Signature, TensorSpec
+from tpuspec.spec.json_numbers import NOT_FINITE, json_number
 
 FORMAT_VERSION = 1
 METADATA_FILE, WEIGHTS_FILE, ASSETS_FOLDER = "export.json", "weights.safetensors", "assets.extra"
@@ -33,7 +33,6 @@ CPU_TAGS, TPU_TAGS = frozenset({SERVE}), frozenset({SERVE, TPU})
 PROGRAM_FILES = {CPU_TAGS: "serve.pt2", TPU_TAGS: "serve_tpu.pt2"}
 _ASSET_PART = re.compile(r"[\w][\w.\- ]{0,99}")
 _PART_BYTES = 1 << 20
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class Written(Protocol):
@@ -221,9 +220,9 @@ def _as_data(value: Any, place: str) -> Any:
         return [_as_data(item, place) for item in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return _as_data(value.tolist(), place)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, str) and value in _NOT_FINITE:
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, str) and value in NOT_FINITE:
         raise ConfigError(f"{place} must not be the text {value!r}, which stands for a number in {METADATA_FILE}. Give "
                           f"float({value!r}), or another text.")
     if value is not None and not isinstance(value, int | float | str):
@@ -237,7 +236,7 @@ def _from_data(value: Any) -> Any:
         return {key: _from_data(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_from_data(item) for item in value]
-    return float(value) if value in _NOT_FINITE else value
+    return float(value) if value in NOT_FINITE else value
 
 
 def _read_parts(source: Path) -> Iterator[bytes]:

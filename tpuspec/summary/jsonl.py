@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tpuspec.spec.json_numbers import json_number
 from tpuspec.summary.values import array_value, image_value, scalar_value, step_value, text_value
 
 FILE_NAME = "metrics.jsonl"
@@ -45,7 +45,7 @@ class JsonlWriter:
 
     def scalar(self, name: str, value: Any, step: int) -> None:
         """Appends one number."""
-        self._append(step, name, "value", _json_number(scalar_value(name, value)))
+        self._append(step, name, "value", json_number(scalar_value(name, value)))
 
     def histogram(self, name: str, values: Any, step: int) -> None:
         """Appends the statistics of `values`; those of no number are null."""
@@ -126,16 +126,10 @@ def _is_after(line: bytes, step: int) -> bool:
         return False
 
 
-def _json_number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 def _statistics(array: np.ndarray) -> dict[str, Any]:
     if not array.size:
         return {"count": 0, "min": None, "max": None, "mean": None, "std": None}
     array = array.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         numbers = {"min": array.min(), "max": array.max(), "mean": array.mean(), "std": array.std()}
-    return {"count": array.size} | {name: _json_number(float(number)) for name, number in numbers.items()}
+    return {"count": array.size} | {name: json_number(float(number)) for name, number in numbers.items()}
