@@ -22,9 +22,11 @@ from tpuspec.cli.schema import ExporterKind, Mode, TrainConfig, run_config
 from tpuspec.cli.targets import Functions, resolve_functions
 from tpuspec.errors import ConfigError
 from tpuspec.export.bundle import Metadata
+from tpuspec.export.signature import describe
 from tpuspec.loops.ending import end_within
 from tpuspec.loops.interruption import interruptible
 from tpuspec.schedule.exporters import compare_metric
+from tpuspec.schedule.train_and_evaluate import EXPORT_FOLDER
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
@@ -162,13 +164,13 @@ def export(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[
     """Exports the newest checkpoint, or the one that is named, and prints the folder."""
     settings = job.settings.export
     assert functions.serving_input_fn is not None, "checked with the settings"
-    folder = os.path.join(settings.folder or os.path.join(trainer.model_dir, "export"), settings.name)
+    folder = os.path.join(settings.folder or os.path.join(trainer.model_dir, EXPORT_FOLDER), settings.name)
     path = trainer.export(folder, functions.serving_input_fn, settings.checkpoint_path)
     if trainer.is_chief:
         model = Metadata.read(Path(path))
-        print(f"  takes  {', '.join(f'{name}: {spec}' for name, spec in model.inputs.items())}")
+        print(f"  takes  {describe(model.inputs)}")
         for name, signature in model.signatures.items():
-            print(f"  {name}  {', '.join(f'{output}: {spec}' for output, spec in signature.outputs.items())}")
+            print(f"  {name}  {describe(signature.outputs)}")
         print(f"export: {path}", flush=True)
     return {}
 

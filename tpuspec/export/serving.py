@@ -17,7 +17,7 @@ from torch.export.passes import move_to_device_pass
 from tpuspec.errors import ExportError, InputError
 from tpuspec.export.bundle import SERVE, WEIGHTS_FILE, Metadata, checked_path
 from tpuspec.export.receiver import SINGLE_RECEIVER
-from tpuspec.export.signature import BATCH, Signature, TensorSpec
+from tpuspec.export.signature import BATCH, Signature, TensorSpec, describe
 from tpuspec.spec.export_output import DEFAULT_SIGNATURE
 
 
@@ -63,7 +63,7 @@ class ServingModel:
             raise ExportError(f"the export has no signature {signature!r}; it has {sorted(self.signatures)}.")
         named = inputs if isinstance(inputs, Mapping) else {SINGLE_RECEIVER: inputs}
         if named.keys() != self.inputs.keys():
-            raise InputError(f"the model takes {_describe(self.inputs)}; got {sorted(map(str, named))}.")
+            raise InputError(f"the model takes {describe(self.inputs)}; got {sorted(map(str, named))}.")
         tensors = {name: torch.as_tensor(named[name]) for name in self.inputs}
         self._check(tensors)
         placed = {name: tensor.to(self._device) for name, tensor in tensors.items()}
@@ -118,7 +118,3 @@ def load(path: str | os.PathLike[str], *, tags: Iterable[str] = (SERVE,),
         exported = move_to_device_pass(exported, target)
     return ServingModel(metadata, exported.module(), {
         name: weights[name].to(target) for name in sorted(weights)}, target)
-
-
-def _describe(inputs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"{name}: {spec}" for name, spec in inputs.items())

@@ -51,6 +51,11 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')} [{sizes}]"
 
 
+def describe(specs: Mapping[str, TensorSpec]) -> str:
+    """Returns tensors for a message, as in 'image: float32 [batch, 8, 8], mask: bool [batch]'."""
+    return ", ".join(f"{name}: {spec}" for name, spec in specs.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     """One kind of request.
