@@ -1,4 +1,4 @@
-"""Every error that tpuspec raises: one tree, each also a builtin, so that plain `except ValueError` works.
+"""Every error that tpuspec raises is one of this tree, each also a builtin, so that plain `except ValueError` works.
 
 TpuspecError
 ├── ConfigError (ValueError)         a setting or argument: exit code 2
@@ -17,6 +17,7 @@ TpuspecError
 ├── ExportError (RuntimeError)       a model cannot be exported, or an export not be loaded
 └── CheckpointError (RuntimeError)   a checkpoint cannot be written or read: exit code 3
 
+Subclasses that only one part raises, such as DamagedCheckpointError, stand where they are raised.
 Messages say the rule, what was got and how to mend it.
 """
 

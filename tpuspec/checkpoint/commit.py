@@ -31,7 +31,8 @@ def commit(target: Path, write: Callable[[Path], None], *, replaces: bool = True
     Args:
       target: folder to make; its parent exists.
       write: writes the files into the folder it is given, through to the disk.
-      replaces: False refuses a target that exists, with the errno ENOTEMPTY.
+      replaces: False refuses a target that is a folder with something in it, with the errno ENOTEMPTY, or a file, with
+        ENOTDIR; an empty folder is replaced.
     """
     temp, old = _beside("tmp", target), _beside("old", target)
     with contextlib.ExitStack() as held:

@@ -103,6 +103,7 @@ def load(path: str | os.PathLike[str], *, tags: Iterable[str] = (SERVE,),
         found = ", ".join("{" + ", ".join(sorted(own)) + "}" for own in metadata.programs)
         raise ExportError(f"no program with tags {{{', '.join(sorted(wanted))}}} was found in {folder}; there is "
                           f"{found}.")
+    # Checked in parts, then read again: in one go the weights would lie in memory twice.
     weights = safetensors.torch.load_file(checked_path(folder, WEIGHTS_FILE, metadata))
     content = checked_path(folder, metadata.programs[wanted], metadata).read_bytes()
     target = torch.device(device)
