@@ -27,7 +27,7 @@ class ReadsVariables:
         Raises:
           ConfigError: there is no checkpoint.
         """
-        return sorted([*self._load_latest(), "global_step"])
+        return sorted([*self._load_model(self._newest_checkpoint()), "global_step"])
 
     def get_variable_value(self, name: str) -> np.ndarray[Any, Any]:
         """Value of one name in the newest checkpoint.
@@ -35,15 +35,19 @@ class ReadsVariables:
         Raises:
           ConfigError: there is no checkpoint, or no such name in it.
         """
-        values = self._load_latest()
+        path = self._newest_checkpoint()
         if name == "global_step":
-            return np.asarray(self._store.read_step(str(self.latest_checkpoint())))
+            return np.asarray(self._store.read_step(path))
+        values = self._load_model(path)
         if name not in values:
-            raise ConfigError(f"no variable {name!r} in {self.latest_checkpoint()}; it holds {sorted(values)}.")
+            raise ConfigError(f"no variable {name!r} in {path}; it holds {sorted(values)}.")
         return to_numpy(values[name])
 
-    def _load_latest(self) -> dict[str, Any]:
-        path = self._store.latest()
+    def _newest_checkpoint(self) -> str:
+        path = self.latest_checkpoint()
         if path is None:
             raise ConfigError(f"Could not find trained model in model_dir: {self._store.model_dir}.")
+        return path
+
+    def _load_model(self, path: str) -> dict[str, Any]:
         return self._store.load(path, optimizers=False).model
