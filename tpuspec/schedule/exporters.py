@@ -168,8 +168,8 @@ class BestExporter(LatestExporter):
     def __init__(self, name: str = "best_exporter", serving_input_fn: Callable[..., Any] | None = None, *,
                  compare_fn: Callable[[EvalResult, EvalResult], bool] = loss_is_smaller,
                  assets_extra: Mapping[str, Any] | None = None, exports_to_keep: int | None = 5) -> None:
-        super().__init__(name, check_serving_input_fn(serving_input_fn), assets_extra=assets_extra,
-                         exports_to_keep=exports_to_keep)
+        super().__init__(name, serving_input_fn,  # type: ignore[arg-type] - None is refused there
+                         assets_extra=assets_extra, exports_to_keep=exports_to_keep)
         if not callable(compare_fn):
             raise ConfigTypeError(f"compare_fn must be a function of {' and '.join(_COMPARE_ARGUMENTS)}; got "
                                   f"{type(compare_fn).__name__}.")
@@ -224,9 +224,9 @@ def check_exporters(exporters: Any) -> tuple[Exporter, ...]:
     names = []
     for exporter in found:
         name = exporter.name
-        if name is None or name == "" or not isinstance(name, str):
+        if not isinstance(name, str):
             raise ConfigError(f"An Exporter must have a name that is a str; got {name!r} of {exporter!r}.")
-        if name in names:
+        if check_exporter_name(name) in names:
             raise ConfigError(f"Exporters must have names of their own; two are called {name!r}.")
-        names.append(check_exporter_name(name))
+        names.append(name)
     return found
