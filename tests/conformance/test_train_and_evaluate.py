@@ -359,3 +359,10 @@ def test_exporters_at_an_address_are_refused_before_training(tmp_path):
     trainer = make_trainer("memory://bucket/run", use_tpu=False)
     with pytest.raises(ValueError, match="exporters write to model_dir/export, which must be a folder of this machine"):
         tpuspec.train_and_evaluate(trainer, *specs(1, Recorder()))
+
+
+def test_a_final_exporter_without_an_end_of_training_is_refused_before_training(tmp_path):
+    trainer = native(tmp_path)
+    with pytest.raises(ValueError, match="the FinalExporter 'final' exports at max_steps, and .* Give max_steps"):
+        tpuspec.train_and_evaluate(trainer, *specs(None, [Recorder(), FinalExporter("final", serving_input_fn)]))
+    assert trainer.latest_checkpoint() is None

@@ -13,7 +13,7 @@ from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import RunConfig
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
-from tpuspec.schedule.exporters import Exports
+from tpuspec.schedule.exporters import Exports, FinalExporter
 from tpuspec.schedule.specs import EvalSpec, TrainSpec
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.phase import in_phase
@@ -60,7 +60,7 @@ def train_and_evaluate(trainer: Trains, train_spec: TrainSpec, eval_spec: EvalSp
     """Trains, and evaluates every checkpoint but that of the start; exporters see each result.
 
     In a process with RunConfig(task_type='evaluator') nothing is trained: it evaluates what another process saves in
-    model_dir, until that has reached max_steps.
+    model_dir, until that has reached max_steps; with max_steps=None it never ends.
 
     Args:
       trainer: a Trainer.
@@ -71,7 +71,8 @@ def train_and_evaluate(trainer: Trains, train_spec: TrainSpec, eval_spec: EvalSp
 
     Raises:
       ConfigTypeError: an argument is something else.
-      ConfigError: there are exporters, and model_dir is no folder of this machine, or checkpoints are off.
+      ConfigError: there are exporters, and model_dir is no folder of this machine, or checkpoints are off; or one is a
+        FinalExporter, and max_steps is None.
       Exception: of the Trainer, or of an exporter.
     """
     is_trainer = all(callable(getattr(trainer, verb, None)) for verb in ("train", "evaluate", "export"))
@@ -83,6 +84,11 @@ def train_and_evaluate(trainer: Trains, train_spec: TrainSpec, eval_spec: EvalSp
     if eval_spec.exporters and is_remote(trainer.model_dir):
         raise ConfigError(f"exporters write to model_dir/{EXPORT_FOLDER}, which must be a folder of this machine; got "
                           f"model_dir={trainer.model_dir!r}. Export with trainer.export(folder, ...) instead.")
+    if train_spec.max_steps is None:
+        for exporter in eval_spec.exporters:  # type: ignore[union-attr]
+            if isinstance(exporter, FinalExporter):
+                raise ConfigError(f"the FinalExporter {exporter.name!r} exports at max_steps, and TrainSpec(max_steps="
+                                  "None) has none. Give max_steps, or take a LatestExporter.")
     evaluations = Evaluations(trainer, eval_spec, train_spec.max_steps)
     if trainer.config.cluster.task_type == "evaluator":
         evaluate_continuously(evaluations, eval_spec, trainer.latest_checkpoint)
