@@ -84,6 +84,9 @@ def test_unknown_mode_lists_the_modes(command, capsys, folder):
     ("mode=evaluate", "run.max_steps=5"), ("mode=predict", "run.steps=5"), ("mode=train", "run.eval_steps=5"),
     ("run.steps=5",), ("mode=predict", "eval_batch_size=5"), ("mode=evaluate", "export.name=x"),
     ("mode=export", "run.max_steps=5"), ("mode=train", "serving_input_fn=recipes.digits.serving_input_fn"),
+    ("serving_input_fn=recipes.digits.serving_input_fn",), ("export.to_cpu=false",), ("export.to_tpu=false",),
+    ("export.exporters=[latest,final]", "export.metric=accuracy"), ("export.higher_is_better=true",),
+    ("export.exporters=[final]", "export.exports_to_keep=2"),
 ])
 def test_setting_that_the_mode_would_ignore_is_refused(command, capsys, folder, arguments):
     message = refused(command, capsys, folder, "config=digits", *arguments)
@@ -201,3 +204,10 @@ def test_an_export_without_a_serving_input_fn_or_of_a_strange_name_is_refused(co
     assert "mode=export with exports needs serving_input_fn" in message
     message = refused(command, capsys, folder, "config=digits", "mode=export", "export.name=../x")
     assert "export.name must be 1 to 100 letters" in message
+
+
+def test_exporters_without_a_serving_input_fn_or_of_one_kind_twice_are_refused(command, capsys, folder):
+    message = refused(command, capsys, folder, "config=digits", "export.exporters=[best]", "serving_input_fn=null")
+    assert "mode=train_and_evaluate with exports needs serving_input_fn" in message
+    message = refused(command, capsys, folder, "config=digits", "export.exporters=[best,latest,best]")
+    assert "export.exporters names one kind twice; got ['best', 'latest', 'best']." in message

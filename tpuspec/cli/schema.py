@@ -155,6 +155,11 @@ _WITHOUT_EFFECT = {
     Mode.export: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", "predict_batch_size",
                   "eval_on_tpu", *_OF_EXPORTERS),
 }
+_KEEPS, _COMPARES = (ExporterKind.best, ExporterKind.latest), (ExporterKind.best,)
+# What mode=train_and_evaluate ignores, unless there is an exporter of one of these kinds.
+_OF_KINDS = {"serving_input_fn": tuple(ExporterKind), "export.to_tpu": tuple(ExporterKind),
+             "export.to_cpu": tuple(ExporterKind), "export.exports_to_keep": _KEEPS, "export.metric": _COMPARES,
+             "export.higher_is_better": _COMPARES}
 
 
 def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
@@ -171,6 +176,8 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
     ignored = [key for key in given if key in _WITHOUT_EFFECT[mode]]
     if ignored:
         raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")
+    if mode is Mode.train_and_evaluate:
+        _check_exporters_of(given, settings.export.exporters)
     run = settings.run
     if mode is Mode.export or (mode is Mode.train_and_evaluate and settings.export.exporters):
         _check_export(settings)
@@ -190,6 +197,14 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
                               "Leave one of them out.")
         settings.use_tpu = settings.eval_on_tpu = False
     run_config(settings)
+
+
+def _check_exporters_of(given: Iterable[str], exporters: Iterable[ExporterKind]) -> None:
+    for key in given:
+        kinds = _OF_KINDS.get(key)
+        if kinds is not None and not set(kinds) & set(exporters):
+            raise ConfigError(f"{key} has no effect with mode=train_and_evaluate, unless export.exporters has "
+                              f"{' or '.join(kind.name for kind in kinds)}; leave it out, or add one.")
 
 
 def _check_export(settings: TrainConfig) -> None:
