@@ -8,7 +8,7 @@ each launched, so that an error in one replica's trace is that error and nothing
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
-from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.recording import (
     Before,
@@ -33,17 +33,19 @@ from tpuspec.runtime.replica_state import ReplicaState
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.signature import Signature, read_settings, read_signature, told_change
 from tpuspec.runtime.slots import Slot
+from tpuspec.runtime.traced_numbers import Leaf, NumberPlan, told_difference
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 
 logger = logging.getLogger(__name__)
 
-_Key = tuple[int, int, Hashable]
-"""Number of the signature, micro-step, form of the batch."""
+_Key = tuple[int, int, Hashable, int]
+"""Number of the signature, micro-step, form of the batch, number of the optimizers' plan."""
 
 _MAX_TRACES = 4
 _MAX_DOUBTFUL_TRACES = 6
 _QUIET_CAPTURES = 2
+_MAX_PLANS = 8
 
 
 @dataclass(slots=True)
@@ -53,13 +55,14 @@ class _Program:
     Attributes:
       graph: its hash.
       templates: for each replica the graph's inputs, with its constants in their places.
-      slots, batch, rates: (place among the inputs, number of the slot, batch tensor or rate).
+      slots, batch, numbers: (place among the inputs, number of the slot, batch tensor or optimizers' number).
       seed: (place, number of the step in the program) of the random seeds.
       written: numbers of the slots that the first outputs are.
       dropped: numbers of the gradients that are gone afterwards.
       sources: (from the batch, number) of each tensor for the host.
       outputs: for each replica the output of the trace, whose functions and form stay.
       recording: the first replica's, to hold later traces against.
+      known: numbers of optimizers that were the same in both traces: whether the graph follows them is not known.
       num_replays: since the last audit.
     """
 
@@ -67,13 +70,14 @@ class _Program:
     templates: list[list[Any]]
     slots: list[tuple[int, int]]
     batch: list[tuple[int, int]]
-    rates: list[tuple[int, int]]
+    numbers: list[tuple[int, int]]
     seed: list[tuple[int, int]]
     written: list[int]
     dropped: list[int]
     sources: list[tuple[bool, int]]
     outputs: list[StepOutput]
     recording: Recording
+    known: dict[Leaf, Any]
     num_replays: int = 0
 
 
@@ -89,7 +93,7 @@ class CapturedStep:
       name: of the step in messages.
       host_code: of the backend's host functions in all modes.
       fallback: runs a step that is traced for good; None records and launches each.
-      rates: learning rates that are inputs of the step.
+      numbers: of the optimizers.
       num_steps: training steps that `step` makes.
 
     Attributes:
@@ -98,7 +102,7 @@ class CapturedStep:
 
     def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
                  enter: Callable[[], Any], name: str, host_code: HostCode,
-                 fallback: CompiledStep | None = None, rates: LearningRates | None = None,
+                 fallback: CompiledStep | None = None, numbers: OptimizerNumbers | None = None,
                  num_steps: int = 1) -> None:
         self.kind = "traced"
         self._step, self._replicas, self._name = step, tuple(replicas), name
@@ -106,7 +110,8 @@ class CapturedStep:
         self._num_steps, self._audit_every = num_steps, max(1, audit_every // num_steps)
         self._states = [ReplicaState(replica) for replica in replicas]
         self._several = len(replicas) > 1
-        self._rates = rates or LearningRates(replicas)
+        self._of_optimizers = numbers or OptimizerNumbers(replicas)
+        self._plans: dict[tuple[int, int, Hashable], list[NumberPlan]] = {}
         self._numbers: dict[Slot, int] = {}
         self._programs: dict[_Key, _Program] = {}
         self._traces: dict[_Key, Recording] = {}
@@ -131,13 +136,15 @@ class CapturedStep:
             return self._trace(batches, micro_step, None)
         if not self._knows_host_code:  # of which the first trace tells
             return self._trace(batches, micro_step, None)
-        if self._in_flight and self._others and self._rates.others() != self._others:
-            self.publish()  # a schedule has moved more than a learning rate, which is a number in the program
+        if self._in_flight and self._others and self._of_optimizers.others() != self._others:
+            self.publish()  # a schedule has moved what is no number
         if not self._in_flight:
             self._adopt()
-        key = (self._signature, micro_step, form_of(batches[0]))
+        of_plans = (self._signature, micro_step, form_of(batches[0]))
+        key = (*of_plans, self._prepared(self._plans.get(of_plans, ())))
         program = self._programs.get(key)
-        if program is None or (program.num_replays >= self._audit_every and micro_step == 0):
+        if program is None or (program.num_replays >= self._audit_every and micro_step == 0) or (
+                not self._of_optimizers.are(program.known)):
             self.publish()
             return self._trace(batches, micro_step, key)
         program.num_replays += 1
@@ -157,9 +164,14 @@ class CapturedStep:
             for state in self._states:
                 state.publish(self._numbers, self._written)
                 state.forget()
+            self._of_optimizers.publish()
             self._written.clear()
             self._in_flight = False
             self._check_settings()
+
+    def _prepared(self, plans: Sequence[NumberPlan]) -> int:
+        """Prepares the optimizers' numbers by the first plan that serves; returns its place, or that of a new one."""
+        return next((i for i, plan in enumerate(plans) if self._of_optimizers.prepare(plan)), len(plans))
 
     def _check_settings(self) -> None:
         """Checks that no value that the step reads changed while nothing looked."""
@@ -172,13 +184,14 @@ class CapturedStep:
 
     def _adopt(self) -> None:
         self._follow_first_replica()
+        self._of_optimizers.settle()
         for state in self._states:
             state.adopt(self._numbers)
         for state in self._states:
             state.values += [None] * (len(self._numbers) - len(state.values))
         self._in_flight = True
-        self._others = self._rates.others()
-        signature = read_signature(self._step, self._replicas[0], self._rates, self._host_code)
+        self._others = self._of_optimizers.others()
+        signature = read_signature(self._step, self._replicas[0], self._of_optimizers.adopt(), self._host_code)
         self._signature = self._signatures.setdefault(signature, len(self._signatures))
         if self._signature == len(self._read):
             self._read.append(signature)
@@ -198,11 +211,14 @@ class CapturedStep:
         if self._fallback is not None and self._gave_up:
             return self._fallback(batches, micro_step)
         befores: list[Before] = []
+        self._of_optimizers.settle()
         with undone_on_error(befores):
             recordings = self._record(batches, micro_step, befores, watch=key is not None)
+            if key is not None:
+                self._keep_plan(key, recordings[0])
             program = self._programs.get(key) if key is not None else None
-            if program is not None:
-                self._audit(program, recordings[0])
+            if program is not None and key is not None:
+                self._audit(key, program, recordings[0])
             elif key is not None:
                 self._consider(key, recordings)
         results, values = [], [recording.values for recording in recordings]
@@ -223,7 +239,7 @@ class CapturedStep:
                 graph.use_device(state.device)
                 befores.append(before := Before(state.replica))
                 seed = graph.get_seed(state.device)
-                recording = record(state.replica, self._step, batch, micro_step, before=before, rates=self._rates,
+                recording = record(state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
                                    host_code=self._host_code, watch=watch, num_steps=self._num_steps)
                 compile_recording(recording, state.device)
                 graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
@@ -234,8 +250,19 @@ class CapturedStep:
                                "for ever. model_fn must do the same on every replica: no branch on an ordinal.")
         return recordings
 
+    def _keep_plan(self, key: _Key, recording: Recording) -> None:
+        plans = self._plans.setdefault(key[:3], [])
+        if key[3] == len(plans):
+            plans.append(recording.plan)
+        elif key not in self._programs:
+            plans[key[3]] = recording.plan
+        if len(plans) > _MAX_PLANS:
+            self._give_up([told_difference(*plans[-2:]) or "its optimizers compute with other numbers in each step"])
+
     def _consider(self, key: _Key, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
+        if self._gave_up:
+            return
         newest, previous = recordings[0], self._traces.get(key)
         if newest.is_doubtful and self._num_doubtful < _MAX_DOUBTFUL_TRACES:
             self._num_doubtful += 1  # traced again, until no other thread runs beside it
@@ -248,7 +275,7 @@ class CapturedStep:
         if previous is not None:
             reasons += [] if previous.notes else differences(previous, newest, self._replicas[0])
             if not reasons and not previous.notes:
-                self._programs[key] = self._program(recordings)
+                self._programs[key] = self._program(recordings, previous)
                 del self._traces[key]
                 self._num_traces = 0
                 self._tell_of_recompiles(key)
@@ -274,7 +301,7 @@ class CapturedStep:
         self._traces.clear()
 
     def _tell_of_recompiles(self, key: _Key) -> None:
-        signature, micro_step, form = key
+        signature, micro_step, form, _ = key
         if micro_step or (signature, form) in self._captured:
             return
         self._captured[(signature, form)] = None
@@ -284,17 +311,27 @@ class CapturedStep:
                            told_change(self._read[old], self._read[new])
                            or f"the batch changed, {old_form} -> {new_form}")
 
-    def _audit(self, program: _Program, recording: Recording) -> None:
+    def _audit(self, key: _Key, program: _Program, recording: Recording) -> None:
         program.num_replays = 0
         if recording.is_doubtful:
             return
         found = recording.notes or differences(program.recording, recording, self._replicas[0])
+        moved = _moved(program.known, recording)
+        if not found:
+            for leaf in moved:  # in the plan it is, then
+                del program.known[leaf]
+        elif moved and not recording.notes:  # which the graph does not follow: another program
+            del self._programs[key]
+            self._plans[key[:3]][key[3]] = recording.plan
+            self._traces[key] = recording
+            self._num_traces += 1
+            return
         if found:
             raise CaptureError(
                 f"{self._name} is no longer what was captured and replayed {self._audit_every} times: {found[0]}. "
                 "The steps since the last check used the captured form. Mend that, or set capture=off.")
 
-    def _program(self, recordings: Sequence[Recording]) -> _Program:
+    def _program(self, recordings: Sequence[Recording], previous: Recording) -> _Program:
         first = recordings[0]
         for slot in first.slots:
             self._numbers.setdefault(slot, len(self._numbers))
@@ -310,12 +347,14 @@ class CapturedStep:
         return _Program(
             graph=first.graph, templates=templates,
             slots=[(place, self._numbers[slot]) for place, slot in places.get("slot", [])],
-            batch=places.get("batch", []), rates=places.get("rate", []),
+            batch=places.get("batch", []), numbers=places.get("number", []),
             seed=places.get("seed", []),
             written=[self._numbers[slot] for slot in first.written],
             dropped=[self._numbers[slot] for slot in first.dropped if slot in self._numbers],
             sources=[(source.kind == "batch", source.key) for source in first.sources],
-            outputs=[recording.output for recording in recordings], recording=first)
+            outputs=[recording.output for recording in recordings], recording=first,
+            known={leaf: value for leaf, value in first.leaves.items()
+                   if leaf not in _moved(previous.leaves, first)})
 
     def _replay(self, program: _Program, batches: Sequence[Batch]) -> list[StepOutput]:
         feeds, results = [], []
@@ -326,10 +365,10 @@ class CapturedStep:
                 feed[place] = values[number]
             for place, number in program.batch:
                 feed[place] = tensors[number]
-            if program.rates:
-                rates = self._rates.sent(state.replica)
-                for place, number in program.rates:
-                    feed[place] = rates[number]
+            if program.numbers:
+                numbers = self._of_optimizers.sent(state.replica)
+                for place, number in program.numbers:
+                    feed[place] = numbers[number]
             for place, number in program.seed:
                 feed[place] = graph.seed_value(graph.seed_after(state.seed, number), state.device)
             state.seed = graph.seed_after(state.seed, self._num_steps)
@@ -340,6 +379,7 @@ class CapturedStep:
             results.append(graph.run(program.graph, feed) if program.graph else [])
         if self._several:
             graph.use_device(self._states[0].device)  # where another Trainer's single replica is
+        self._of_optimizers.advance()
         # Only now may an old buffer die: its destruction waits for the step that uses it, and so for every replica.
         for state, result in zip(self._states, results, strict=True):
             values = state.values
@@ -355,6 +395,11 @@ class CapturedStep:
             [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
             functions=output.functions, is_update=output.is_update, num_stacked=output.num_stacked)
             for output, result, tensors in zip(program.outputs, results, sent, strict=True)]
+
+
+def _moved(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:
+    """Returns the numbers of optimizers that are others in a recording."""
+    return [leaf for leaf, value in leaves.items() if recording.leaves.get(leaf) != value]
 
 
 def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:

@@ -56,6 +56,16 @@ def send(tensors: Sequence[Tensor], device: str, shardings: Sequence[Any] | None
     return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), shardings) if tensors else []
 
 
+def send_apart(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Copies host tensors to a device, each into a buffer of its own, also within `scalars_shared`."""
+    is_shared = _C._get_xla_enable_device_data_cache()
+    _C._set_xla_enable_device_data_cache(False)
+    try:
+        return send(tensors, device)
+    finally:
+        _C._set_xla_enable_device_data_cache(is_shared)
+
+
 def send_copy(tensor: Tensor, device: str) -> Tensor:
     """Returns a device tensor of the same values and sharding, with a buffer of its own."""
     (copied,) = send(fetch([tensor]), device)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpuspec.runtime.optimizer_numbers import is_number
 from tpuspec.spec.backend import Replica
 
 Snapshot = dict[str, Any]
@@ -89,10 +90,12 @@ def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -
         path = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
-                if key != "params" and not isinstance(value, Tensor):
+                if key != "params" and not isinstance(value, Tensor) and not is_number(value):
                     snapshot[f"{path} {key} of group {number}"] = repr(value)
         for index, state in enumerate(optimizer.state.values()):
             for key, value in state.items():
+                if is_number(value):
+                    continue
                 if not isinstance(value, Tensor):
                     snapshot[f"{path} state {index} {key}"] = repr(value) if isinstance(value, _SIMPLE) else id(value)
                 elif value.device.type == "cpu":

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
-from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.optimizer_numbers import OptimizerNumbers, read_numbers
 from tpuspec.runtime.python_state import HostCode, changed, is_random_state, memory_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
+from tpuspec.runtime.traced_numbers import Leaf, NumberPlan, told_difference
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
 from tpuspec.spec.results import Batch, StepOutput, flat_tensors, rebuild
@@ -31,8 +32,8 @@ class Source(NamedTuple):
     """Where an input of a graph, or a tensor for the host, comes from.
 
     Attributes:
-      kind: 'slot', 'batch', 'rate', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
-      key: the Slot; the number of the batch's tensor, rate, step's seed, constant or output.
+      kind: 'slot', 'batch', 'number', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
+      key: the Slot; the number of the batch's tensor, optimizers' number, step's seed, constant or output.
     """
 
     kind: str
@@ -49,7 +50,9 @@ class Recording:
       sources: where each of them comes from.
       inputs: where each input of the graph comes from.
       values: the inputs of this very step.
-      constants: inputs that are neither state, batch, rate nor seed.
+      plan: what the optimizers compute with numbers.
+      leaves: values of the numbers that it starts from.
+      constants: inputs that are neither state, batch, number nor seed.
       numbers: the constants on the host, for comparing.
       written: slots that the graph writes, in the order of its first outputs, which is that of its inputs.
       created: slots that were not there before.
@@ -63,6 +66,8 @@ class Recording:
 
     output: StepOutput
     tensors: list[Tensor]
+    plan: NumberPlan
+    leaves: dict[Leaf, Any]
     sources: list[Source] = field(default_factory=list)
     inputs: list[Source] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -98,6 +103,7 @@ class Before:
         self.handles = dict(zip(self.slots, graph.handles(list(self.slots.values())), strict=True))
         self.numbers = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
         self._gradients = {slot: owner.grad for slot, owner in gradient_owners(replica).items()}
+        self._numbers = read_numbers(replica)
         self._optimizers = {name: {parameter: dict(state) for parameter, state in optimizer.state.items()}
                             for name, optimizer in replica.optimizers.items()}
 
@@ -109,6 +115,8 @@ class Before:
             kept = self._replica.optimizers[name].state
             kept.clear()
             kept.update(states)
+        for held, number in self._numbers:
+            held.put(number)
         graph.forget_pending(str(self._replica.device))
         for slot, tensor in self.slots.items():
             graph.donate([self.inner[slot]], donated=False)
@@ -127,7 +135,7 @@ def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
 
 
 def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
-           rates: LearningRates, host_code: HostCode, watch: bool, num_steps: int = 1) -> Recording:
+           numbers: OptimizerNumbers, host_code: HostCode, watch: bool, num_steps: int = 1) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
     Args:
@@ -136,7 +144,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       batch: on the device.
       micro_step: of the batch within an update.
       before: the replica's state.
-      rates: learning rates that are inputs of the graph.
+      numbers: of the optimizers.
       host_code: of the host functions; this step's are added.
       watch: whether to look for what could not be replayed.
       num_steps: training steps that `step` makes, each with a seed of its own.
@@ -144,29 +152,30 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     device = str(replica.device)
     seed = graph.get_seed(device)
     graph.set_seed(seed, device)  # drops what an unfinished trace has drawn
-    sent = rates.sent(replica)
     arguments = batch.tensors()
     sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
     sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
-    sources |= {handle: Source("rate", i) for i, handle in enumerate(graph.handles(sent))}
     mark = USER_THREADS.mark()
     memory = memory_of(step, replica, host_code) if watch else {}
     reads = HostReads() if watch else None
     try:
-        with reads or contextlib.nullcontext(), rates.in_place(replica, sent), graph.scalars_shared():
+        with reads or contextlib.nullcontext(), numbers.in_place(replica, watch=True) as of_step, (
+                graph.scalars_shared()):
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
+    sources |= {handle: Source("number", i) for i, handle in enumerate(of_step.ops.handles)}
     host_code.add([output.functions.metric_fn, output.functions.host_call])
     # One of the host's own becomes a constant of the graph.
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output.tensors)]
     # Without its tensors: those that are views would be pending again once published, and be found as left over.
     form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
-    recording = Recording(output=form, tensors=tensors, slots=read_slots(replica))
+    recording = Recording(output=form, tensors=tensors, slots=read_slots(replica), plan=of_step.plan(),
+                          leaves=of_step.values)
     if watch:
         if reads is not None and (note := reads.note()) is not None:
             recording.notes.append(note)
-        if moved := changed(memory, memory_of(step, replica, host_code)):
+        if moved := changed(memory, memory_of(step, replica, host_code)) + of_step.notes():
             recording.is_doubtful = (not recording.notes and all(map(is_random_state, moved))
                                      and USER_THREADS.ran_since(mark))
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
@@ -311,8 +320,10 @@ def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:
              if was.shape != now.shape or was.dtype != now.dtype or not torch.equal(was, now)]
     if moved:
         return [f"a number in it changes from step to step: {'; '.join(dict.fromkeys(moved))}"]
+    if old.plan != new.plan and (note := told_difference(old.plan, new.plan)) is not None:
+        return [note]
     wiring = ("inputs", "sources", "written", "created", "dropped")
-    if old.graph != new.graph or any(getattr(old, name) != getattr(new, name) for name in wiring):
+    if old.graph != new.graph or old.plan != new.plan or any(getattr(old, name) != getattr(new, name) for name in wiring):
         return ["it computes something else from one step to the next, as a branch on a Python value does. Branch with "
                 "torch.where, or pass what it branches on in the batch"]
     lasting = [slot for slot in new.created if slot.kind != GRADIENT]
@@ -331,7 +342,7 @@ def _kind_of(was: Tensor, now: Tensor, replica: Replica) -> str:
             if isinstance(rate, float) and value and abs(rate - value) <= 1e-6 * value:
                 return "the learning rate; give the schedule to the Trainer (scheduler=...)"
     if float(now) - float(was) == 1:
-        return "a counter; use global_step, or capturable=True where it is an optimizer's"
+        return "a counter; use global_step"
     return "a Python number; pass it in the batch, or compute it from global_step on the device"
 
 

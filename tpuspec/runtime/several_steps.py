@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from tpuspec.runtime import graph
 from tpuspec.runtime.capture import CapturedStep
-from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.optimizer_numbers import NumbersOfSteps
 from tpuspec.runtime.sent_batch import BatchesOfSteps, form_of
 from tpuspec.runtime.slots import read_slots
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput
 
 logger = logging.getLogger(__name__)
-
-
-class RatesOfSteps(LearningRates):
-    """The learning rates of several steps, as they were noted one step after the other."""
-
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        super().__init__(replicas)
-        self._noted: list[list[float]] = []
-        self._others: list[list[Any]] = []
-        self._tensors: Sequence[Tensor] = ()
-
-    def note(self, num_steps: int, after_each: Callable[[], None]) -> bool:
-        """Notes the learning rates of the next steps; returns whether the schedules move nothing else meanwhile."""
-        self._noted, self._others = [], [super().others()]
-        for _ in range(num_steps):
-            self._noted.append(super().read())
-            after_each()
-            self._others.append(super().others())
-        return all(others == self._others[0] for others in self._others)
-
-    def others(self) -> list[Any]:
-        """Returns the other hyper-parameters of all steps."""
-        return self._others[0]
-
-    def read(self) -> list[float]:
-        """Returns the learning rates of all steps, one a step and group."""
-        return [rate for rates in self._noted for rate in rates]
-
-    @contextlib.contextmanager
-    def in_place(self, replica: Replica, sent: Sequence[Tensor]) -> Iterator[None]:
-        """Takes the tensors that `of_step` puts into the optimizers' groups."""
-        self._tensors = sent
-        yield
-
-    def of_step(self, number: int, replica: Replica) -> contextlib.AbstractContextManager[None]:
-        """Puts one step's tensors into the optimizers' groups within a block."""
-        size = len(self._noted[number])
-        return super().in_place(replica, self._tensors[number * size:(number + 1) * size])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +26,11 @@ class StepsInOne:
 
     Attributes:
       step: one step of one replica.
-      rates: of all steps.
+      numbers: of the optimizers in all steps.
     """
 
     step: StepFunction
-    rates: RatesOfSteps
+    numbers: NumbersOfSteps
 
     def __call__(self, replica: Replica, batch: Any, micro_step: int) -> StepOutput:
         """Runs the steps on `BatchesOfSteps`; the tensors of step i are in the groups 'i GROUP'."""
@@ -83,7 +42,7 @@ class StepsInOne:
                 seed = graph.next_seed(seed)
                 graph.set_seed(seed, device)
                 graph.separate(graph.waiting(list(read_slots(replica).values())))
-            with self.rates.of_step(number, replica):
+            with self.numbers.of_step(number, replica):
                 outputs.append(self.step(replica, part, micro_step))
         return replace(outputs[-1], tensors={
             f"{number} {group}": tensors for number, output in enumerate(outputs)
@@ -96,12 +55,13 @@ class SeveralSteps:
     Args:
       single: one step.
       together: a `StepsInOne`.
-      rates: of `together`.
+      numbers: of `together`.
       num_steps: steps of `together`.
     """
 
-    def __init__(self, single: CapturedStep, together: CapturedStep, rates: RatesOfSteps, num_steps: int) -> None:
-        self._single, self._together, self._rates, self._num_steps = single, together, rates, num_steps
+    def __init__(self, single: CapturedStep, together: CapturedStep, numbers: NumbersOfSteps, num_steps: int,
+                 ) -> None:
+        self._single, self._together, self._numbers, self._num_steps = single, together, numbers, num_steps
         self._newest = single
 
     @property
@@ -125,9 +85,9 @@ class SeveralSteps:
                     ) -> list[list[StepOutput]] | None:
         """Dispatches `num_at_once` steps; see `spec.backend.RunsSeveral`."""
         self._single.publish()
-        if not self._rates.note(len(batches), after_each):
-            logger.warning("steps_per_execution=%d has no effect from here on: the schedule moves more than learning "
-                           "rates, as OneCycleLR does unless cycle_momentum=False.", self._num_steps)
+        if not self._numbers.note(len(batches), after_each):
+            logger.warning("steps_per_execution=%d has no effect from here on: the schedule moves hyper-parameters that "
+                           "are no numbers.", self._num_steps)
             self._num_steps = 1
             return None
         self._newest = self._together

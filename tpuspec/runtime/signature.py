@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tpuspec.runtime.learning_rates import LearningRates
+from tpuspec.runtime.optimizer_numbers import is_number
 from tpuspec.runtime.python_state import HostCode, settings_of
 from tpuspec.runtime.slots import GRADIENT, read_slots
 from tpuspec.spec.backend import Replica, StepFunction
@@ -24,7 +24,7 @@ class Signature(NamedTuple):
     Attributes:
       state: name, shape, dtype and requires_grad of every tensor.
       modules: class and mode of every module.
-      hyper_parameters: of the optimizers, but for scheduled learning rates.
+      hyper_parameters: of the optimizers, but for numbers, which their plans follow.
       settings: plain values that the step's code and its modules read.
     """
 
@@ -34,19 +34,18 @@ class Signature(NamedTuple):
     settings: Settings
 
 
-def read_signature(step: StepFunction, replica: Replica, rates: LearningRates, host_code: HostCode) -> Signature:
-    """Reads the signature of a step on a replica, whose state must be readable."""
+def read_signature(step: StepFunction, replica: Replica, counters: tuple[Hashable, ...], host_code: HostCode,
+                   ) -> Signature:
+    """Reads the signature of a step on a replica, whose state must be readable; counters: which of them are equal."""
     state = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
                   for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
-    scheduled = {id(group) for _, group in rates.groups(replica)}
     hyper_parameters = tuple(
         (name, number, key, repr(value)) for name, optimizer in replica.optimizers.items()
         for number, group in enumerate(optimizer.param_groups) for key, value in group.items()
-        if key != "params" and not isinstance(value, Tensor)
-        and not (key == "lr" and id(group) in scheduled) and key != "initial_lr")
+        if key != "params" and not isinstance(value, Tensor) and not is_number(value))
     modules = () if replica.model is None else tuple(
         (type(module), module.training) for module in replica.model.modules())
-    return Signature(state, modules, hyper_parameters, read_settings(step, replica, host_code))
+    return Signature(state + counters, modules, hyper_parameters, read_settings(step, replica, host_code))
 
 
 def read_settings(step: StepFunction, replica: Replica, host_code: HostCode) -> Settings:

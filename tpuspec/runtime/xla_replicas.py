@@ -24,16 +24,17 @@ from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.capture import CapturedStep
 from tpuspec.runtime.client import start_client
 from tpuspec.runtime.environment import KEEP_BARRIERS
-from tpuspec.runtime.learning_rates import LearningRates, make_capturable
+from tpuspec.runtime.optimizer_numbers import NumbersOfSteps, OptimizerNumbers
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.pod import Pod
 from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.sent_batch import SentBatch
-from tpuspec.runtime.several_steps import RatesOfSteps, SeveralSteps, StepsInOne
+from tpuspec.runtime.several_steps import SeveralSteps, StepsInOne
 from tpuspec.runtime.slots import read_slots
 from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
+from tpuspec.runtime.torch_optimizers import check_supported
 from tpuspec.runtime.xla_pod import find_pod
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
@@ -175,7 +176,7 @@ class XlaReplicas:
         """Makes a step that is traced, compiled and, unless capture is off, replayed when it is called."""
         for replica in replicas:
             for optimizer in replica.optimizers.values():
-                make_capturable(optimizer)
+                check_supported(optimizer)
         alone = self.topology.num_replicas == 1
         if self._pod is not None:
             step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
@@ -183,17 +184,17 @@ class XlaReplicas:
             step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name="the step",
             host_code=self._host_code,
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
-                                rates=LearningRates(replicas)) if alone else None)
+                                numbers=OptimizerNumbers(replicas)) if alone else None)
         if self._pod is not None:
             return NewestStep(self, captured, only_on_chief(captured, self.topology))
         if num_at_once == 1 or self._capture is CaptureMode.off:
             return NewestStep(self, captured)
-        rates = RatesOfSteps(replicas)
+        numbers = NumbersOfSteps(replicas)
         together = CapturedStep(
-            StepsInOne(step=step, rates=rates), replicas, mode=self._capture, audit_every=self._audit_every,
-            enter=self._in_step, name=f"a program of {num_at_once} steps", host_code=self._host_code, rates=rates,
+            StepsInOne(step=step, numbers=numbers), replicas, mode=self._capture, audit_every=self._audit_every,
+            enter=self._in_step, name=f"a program of {num_at_once} steps", host_code=self._host_code, numbers=numbers,
             num_steps=num_at_once)
-        return NewestStep(self, SeveralSteps(captured, together, rates, num_at_once))
+        return NewestStep(self, SeveralSteps(captured, together, numbers, num_at_once))
 
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
@@ -334,7 +335,7 @@ class TracedStep:
     step: StepFunction
     replica: Replica
     enter: Callable[[], Any]
-    rates: LearningRates
+    numbers: OptimizerNumbers
     compiled: dict[int, bool] = field(default_factory=dict)
     _is_settled: bool = field(default=False, init=False)
 
@@ -345,13 +346,13 @@ class TracedStep:
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; does not wait for it."""
         if not self._is_settled:
+            self.numbers.settle()
             graph.materialize(graph.waiting(list(read_slots(self.replica).values())), str(self.replica.device))
             self._is_settled = True
-        sent = self.rates.sent(self.replica)
         # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
         # device if that was before the client started.
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
-              self.rates.in_place(self.replica, sent)):
+              self.numbers.in_place(self.replica)):
             outputs = [self.step(self.replica, batches[0], micro_step)]
         # Optimizers that make state in their first step have two graphs, so compiles come in a row.
         may_compile = self.compiled.get(micro_step, True)
