@@ -78,12 +78,17 @@ class NumberOps(TorchFunctionMode):
         if name in _MAKE_NUMBERS and _is_xla(kwargs.get("device")) and _is_called_by_torch(sys._getframe(1)) and (
                 not args[0] if isinstance(args[0], tuple) else not isinstance(args[0], Tensor | torch.Size | list)):
             kwargs = {**kwargs, "device": torch.device("cpu")}
+        if name == "__setitem__" and _is_mask(args[1]) and not isinstance(args[2], Tensor) and _is_on_device(args[0]):
+            # As an assignment it makes a list of the places, whose length depends on values.
+            func, name = Tensor.masked_fill_, "masked_fill_"
         values = list(_flat([*args, *kwargs.values()]))
         stays = self.items_stay and "alpha" in kwargs and _is_on_device(kwargs["alpha"])
         if not stays and not any(map(self._is_followed, values)):
             return func(*args, **kwargs)
         if name in _OF_FORM or (name == "__get__" and not isinstance(func(*args), Tensor)):
             return func(*args, **kwargs)
+        if name.startswith("_foreach_") and hasattr(Tensor, name.removeprefix("_foreach_")):
+            return self._each(name.removeprefix("_foreach_"), args, kwargs)
         name = _SAME_NAME.get(name, name)
         tensors = [value for value in values if _is_on_device(value)]
         if tensors:
@@ -124,8 +129,22 @@ class NumberOps(TorchFunctionMode):
             return type(value)(map(fixed, value)) if type(value) in (list, tuple) else self._trace.fix(value)
 
         result = func(*map(fixed, args), **{key: fixed(value) for key, value in kwargs.items()})
-        self.nodes.pop(id(result), None)
+        for value in _flat([*args, *kwargs.values(), result]):
+            if id(value) in self.nodes and value.item() != plain(self.number_of(value)):  # it was written
+                del self.nodes[id(value)]
         return result
+
+    def _each(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Runs an operation on lists of tensors, one after the other."""
+        def of(values: Any, i: int) -> Any:
+            return values[i] if type(values) in (list, tuple) else values
+
+        if name.startswith("addc") and len(args) == 4:
+            args, kwargs = args[:3], {**kwargs, "value": args[3]}
+        each = [self.__torch_function__(getattr(Tensor, name), (), [of(arg, i) for arg in args],
+                                        {key: of(value, i) for key, value in kwargs.items()})
+                for i in range(len(args[0]))]
+        return each
 
     def _on_device(self, name: str, func: Callable[..., Any], args: list[Any], kwargs: dict[str, Any],
                    tensors: Sequence[Tensor]) -> Any:
@@ -156,6 +175,9 @@ class NumberOps(TorchFunctionMode):
         if base == "full_like":
             made = torch.empty_like(args[0], **{key: value for key, value in kwargs.items() if key != "fill_value"})
             return made.fill_(self.send(kwargs.get("fill_value", args[-1]), made.dtype))
+        if base == "addmm":
+            factors = [sent(kwargs.get(key, 1)) for key in ("beta", "alpha")]
+            return args[0] * factors[0] + (args[1] @ args[2]) * factors[1]
         if base not in _TAKE_TENSORS or set(kwargs) - {"other", "min", "max", "value", "exponent"}:
             return self._call_fixed(func, args, kwargs)
         if base.startswith("clamp"):  # takes numbers or tensors, no mixture
@@ -239,6 +261,10 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 
 def _is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "xla"
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.bool
 
 
 def _is_xla(value: Any) -> bool:

@@ -37,7 +37,7 @@ def check_supported(optimizer: torch.optim.Optimizer) -> None:
 
 def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is one of torch.optim, or made of one."""
-    return any(base.__module__.startswith("torch.optim.") and base is not torch.optim.Optimizer
+    return any(base.__module__.startswith("torch.optim") and base is not torch.optim.Optimizer
                for base in type(optimizer).__mro__)
 
 
