@@ -23,7 +23,7 @@ def conv_net() -> nn.Module:
 
 OPTIMIZERS = {
     "sgd": lambda module, params: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9),
-    "adamw": lambda module, params: torch.optim.AdamW(module.parameters(), lr=1e-3, capturable=True),
+    "adamw": lambda module, params: torch.optim.AdamW(module.parameters(), lr=1e-3),
 }
 
 

@@ -201,9 +201,10 @@ class NumbersOfStep:
             if place in self._leaf_of and place in self._now:
                 node = self.trace.node_of(self._now[place])
                 apart = moved.setdefault(self._leaf_of[place], node) != node
-                expected = plain(self._now[place])
-                if not apart and _same(expected, number) and _same(
-                        self.values[self._leaf_of[place]], self._before[place]):
+                # In a program of several steps a group holds already what the schedule has made of it since.
+                started = self._step > 0 or _same(self.values[self._leaf_of[place]], self._before[place])
+                stayed = self.trace.nodes[node][0] == "leaf" and _same(self._before[place], number)
+                if not apart and started and (stayed or _same(plain(self._now[place]), number)):
                     continue
             elif _same(number, self._before[place]):
                 continue
