@@ -18,6 +18,7 @@ from torch import Tensor
 from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
+from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.recording import (
@@ -33,7 +34,7 @@ from tpuspec.runtime.replica_state import ReplicaState
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.signature import Signature, read_settings, read_signature, told_change
 from tpuspec.runtime.slots import Slot
-from tpuspec.runtime.traced_numbers import Leaf, NumberPlan, told_difference
+from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 
@@ -239,8 +240,9 @@ class CapturedStep:
                 graph.use_device(state.device)
                 befores.append(before := Before(state.replica))
                 seed = graph.get_seed(state.device)
-                recording = record(state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
-                                   host_code=self._host_code, watch=watch, num_steps=self._num_steps)
+                recording = record(state.replica, self._step, batch, micro_step, before=before,
+                                   numbers=self._of_optimizers, host_code=self._host_code, watch=watch,
+                                   num_steps=self._num_steps)
                 compile_recording(recording, state.device)
                 graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
                 recordings.append(recording)

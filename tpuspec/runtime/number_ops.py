@@ -37,9 +37,11 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "rsub": lambda a, b: b - a, "rdiv": lambda a, b: b / a, "rpow": lambda a, b: b ** a, "neg": operator.neg,
     "abs": abs, "sqrt": MATH["sqrt"][1], "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le,
     "eq": operator.eq, "ne": operator.ne}
-_SAME_VALUE = frozenset({"clone", "detach", "contiguous", "squeeze", "double", "float", "to", "tensor", "copy", "fill"})
-_OF_FORM = frozenset({"dim", "size", "numel", "is_floating_point", "is_complex", "__len__", "__hash__", "type", "stride",
-                      "element_size", "is_contiguous", "__repr__", "__format__", "data_ptr", "storage_offset", "nelement"})
+_SAME_VALUE = frozenset({"clone", "detach", "contiguous", "squeeze", "double", "float", "to", "tensor", "copy",
+                         "fill"})
+_OF_FORM = frozenset({"dim", "size", "numel", "is_floating_point", "is_complex", "__len__", "__hash__", "type",
+                      "stride", "element_size", "is_contiguous", "__repr__", "__format__", "data_ptr",
+                      "storage_offset", "nelement"})
 _MAKE_NUMBERS = frozenset({"zeros", "ones", "tensor", "as_tensor"})
 """torch's optimizers make some of their numbers on the device; its plain form computes with them on the host."""
 
@@ -202,12 +204,12 @@ class NumberOps(TorchFunctionMode):
     def _onto_device(self, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if name == "to":
             return self.send(args[0], args[0].dtype)
-        if name == "tensor":
-            made = func(0.0 if isinstance(plain(args[0]), float) else 0, **kwargs)
-            return made.fill_(self.send(args[0], made.dtype)) if made.ndim == 0 else self._call_fixed(func, args, kwargs)
+        if name == "tensor" and self._is_followed(args[0]):
+            made = func(plain(self.number_of(args[0])), **kwargs)
+            return made.fill_(self.send(args[0], made.dtype))
         if name == "full":
             number = kwargs.pop("fill_value", args[-1])
-            made = torch.full(args[0], type(plain(number))(0), **kwargs)
+            made = torch.full(args[0], plain(number), **kwargs)
             return made.fill_(self.send(number, made.dtype))
         return self._call_fixed(func, args, kwargs)
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tpuspec.runtime.optimizer_numbers import is_number
+from tpuspec.runtime.optimizer_places import is_number
 from tpuspec.spec.backend import Replica
 
 Snapshot = dict[str, Any]

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
-from tpuspec.runtime.optimizer_numbers import OptimizerNumbers, read_numbers
+from tpuspec.runtime.number_plan import NumberPlan, told_difference
+from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
+from tpuspec.runtime.optimizer_places import read_numbers
 from tpuspec.runtime.python_state import HostCode, changed, is_random_state, memory_of
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
-from tpuspec.runtime.traced_numbers import Leaf, NumberPlan, told_difference
+from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
 from tpuspec.spec.results import Batch, StepOutput, flat_tensors, rebuild
@@ -323,7 +325,8 @@ def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:
     if old.plan != new.plan and (note := told_difference(old.plan, new.plan)) is not None:
         return [note]
     wiring = ("inputs", "sources", "written", "created", "dropped")
-    if old.graph != new.graph or old.plan != new.plan or any(getattr(old, name) != getattr(new, name) for name in wiring):
+    if old.graph != new.graph or old.plan != new.plan or any(
+            getattr(old, name) != getattr(new, name) for name in wiring):
         return ["it computes something else from one step to the next, as a branch on a Python value does. Branch with "
                 "torch.where, or pass what it branches on in the batch"]
     lasting = [slot for slot in new.created if slot.kind != GRADIENT]

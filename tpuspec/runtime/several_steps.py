@@ -86,8 +86,8 @@ class SeveralSteps:
         """Dispatches `num_at_once` steps; see `spec.backend.RunsSeveral`."""
         self._single.publish()
         if not self._numbers.note(len(batches), after_each):
-            logger.warning("steps_per_execution=%d has no effect from here on: the schedule moves hyper-parameters that "
-                           "are no numbers.", self._num_steps)
+            logger.warning("steps_per_execution=%d has no effect from here on: the schedule moves "
+                           "hyper-parameters that are no numbers.", self._num_steps)
             self._num_steps = 1
             return None
         self._newest = self._together

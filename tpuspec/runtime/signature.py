@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tpuspec.runtime.optimizer_numbers import is_number
+from tpuspec.runtime.optimizer_places import is_number
 from tpuspec.runtime.python_state import HostCode, settings_of
 from tpuspec.runtime.slots import GRADIENT, read_slots
 from tpuspec.spec.backend import Replica, StepFunction

@@ -1,0 +1,113 @@
+"""The numbers of one replica's optimizers while a step is traced: what its plan is made of."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpuspec.runtime.number_ops import NumberOps
+from tpuspec.runtime.number_plan import NumberPlan, plan_of
+from tpuspec.runtime.optimizer_places import Leaves, Place, held_by, is_same, read_numbers, told
+from tpuspec.runtime.torch_optimizers import as_single_tensors
+from tpuspec.runtime.traced_numbers import Leaf, NumberTrace, TracedFloat, TracedInt, plain
+from tpuspec.spec.backend import Replica
+
+
+class NumbersOfStep:
+    """The numbers of one replica's optimizers while one step is traced.
+
+    Args:
+      replica: the replica.
+      watch: whether a plan is wanted.
+
+    Attributes:
+      values: of the leaves.
+      ops: the inputs.
+    """
+
+    def __init__(self, replica: Replica, *, watch: bool) -> None:
+        self.values: dict[Leaf, Any] = {}
+        self.trace = NumberTrace()
+        self.ops = NumberOps(self.trace, replica.device, keep_handles=watch)
+        self._replica, self._step = replica, 0
+        self._leaves, self._leaf_of = Leaves(), dict[Place, Leaf]()
+        self._now: dict[Place, Any] = {}
+        self._before = {held.place: number for held, number in read_numbers(replica)} if watch else {}
+        self._inside: contextlib.ExitStack | None = None
+
+    def begin(self, step: int) -> None:
+        """Goes on to another training step of a program; hyper-parameters of groups are its own."""
+        self._step = step
+        for place, leaf in list(self._leaf_of.items()):
+            number = self._now.get(place)
+            if place[0] == "group" and isinstance(number, TracedFloat | TracedInt) and (
+                    self.trace.nodes[number.node] == ("leaf", leaf)):
+                del self._now[place], self._leaf_of[place]
+
+    def enter(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Puts traced numbers into an optimizer whose step begins."""
+        self._inside = stack = contextlib.ExitStack()
+        stack.callback(self._leave, name, optimizer)
+        stack.enter_context(as_single_tensors(optimizer, self.ops))
+        for held in list(held_by(name, optimizer)):
+            number = held.number
+            if held.place not in self._leaf_of and held.place not in self._now:
+                if type(number) is bool:
+                    continue
+                leaf = self._leaf_of[held.place] = self._leaves.name(held, number, self._step)
+                self.values.setdefault(leaf, number)
+                self._now[held.place] = self.trace.leaf(leaf, number)
+            now = self._now.get(held.place)
+            if type(now) not in (TracedFloat, TracedInt) or not is_same(plain(now), number):
+                self._now.pop(held.place, None)  # set since then, by code that is not followed
+            elif isinstance(held.value, Tensor):
+                self.ops.follow(held.value, now)
+            else:
+                held.put(now)
+        stack.enter_context(self.ops)
+
+    def leave(self) -> None:
+        """Puts numbers back into the optimizer whose step is under way."""
+        if self._inside is not None:
+            self._inside.close()
+
+    def _leave(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        self._inside = None
+        for held in list(held_by(name, optimizer)):
+            self._now[held.place] = self.ops.number_of(held.value)
+            if type(held.value) in (TracedFloat, TracedInt):
+                held.put(plain(held.value))
+
+    def plan(self) -> NumberPlan:
+        """Returns what the step computed with numbers."""
+        moves: dict[Leaf, int] = {}
+        for place, leaf in self._leaf_of.items():
+            if place in self._now:
+                moves.setdefault(leaf, self.trace.node_of(self._now[place]))
+        own = {leaf: self.trace.node_of(self.trace.leaf(leaf, value)) for leaf, value in self.values.items()}
+        return plan_of(self.trace, list(self.ops.inputs),
+                       [(leaf, node) for leaf, node in moves.items() if node != own[leaf]])
+
+    def notes(self) -> list[str]:
+        """Says which numbers changed in a way that a plan does not tell."""
+        found = []
+        moved: dict[Leaf, int] = {}
+        for held, number in read_numbers(self._replica):
+            place = held.place
+            if place not in self._before:
+                continue
+            if place in self._leaf_of and place in self._now:
+                node = self.trace.node_of(self._now[place])
+                apart = moved.setdefault(self._leaf_of[place], node) != node
+                # In a program of several steps a group holds already what the schedule has made of it since.
+                started = self._step > 0 or is_same(self.values[self._leaf_of[place]], self._before[place])
+                stayed = self.trace.nodes[node][0] == "leaf" and is_same(self._before[place], number)
+                if not apart and started and (stayed or is_same(plain(self._now[place]), number)):
+                    continue
+            elif is_same(number, self._before[place]):
+                continue
+            found.append(f"{told(place)} ({self._before[place]} -> {number})")
+        return found
