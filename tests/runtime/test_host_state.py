@@ -104,20 +104,20 @@ class Scaled(Notes):
 
 
 @pytest.fixture
-def num_traces(monkeypatch):
-    """Returns how many steps were traced since it was asked last."""
-    traced, record = [], capture.record
+def num_captures(monkeypatch):
+    """Returns how many programs were made since it was asked last."""
+    made, program = [], capture.CapturedStep._program
 
-    def counting(*args, **kwargs):
-        traced.append(args)
-        return record(*args, **kwargs)
+    def counting(*args):
+        made.append(args)
+        return program(*args)
 
     def since():
-        num = len(traced)
-        traced.clear()
+        num = len(made)
+        made.clear()
         return num
 
-    monkeypatch.setattr(capture, "record", counting)
+    monkeypatch.setattr(capture.CapturedStep, "_program", counting)
     LOSSES.clear()
     ROWS.clear()
     return since
@@ -137,33 +137,32 @@ def few(params):
 @pytest.mark.parametrize("model_fn", [by_functions, by_functions_inside, by_methods, by_a_callable_object,
                                       Scaled().model_fn],
                          ids=["functions", "functions inside", "methods", "a callable object", "own methods"])
-def test_what_host_functions_remember_starts_no_capture(model_fn, num_traces, tmp_path):
+def test_what_host_functions_remember_starts_no_capture(model_fn, num_captures, tmp_path):
     trainer = make(model_fn, tmp_path)
     trainer.train(batches(rows), steps=8)
-    assert num_traces() == 3  # one that tells of the host functions, and two equal ones
+    assert num_captures() == 1
     trainer.train(batches(rows), steps=8)
-    assert num_traces() == 0
+    assert num_captures() == 0
     trainer.evaluate(few)
-    assert num_traces() == 3
+    assert num_captures() == 1
     trainer.train(batches(rows), steps=8)
-    num_traces()  # the metric's function is known now, and what it remembers is watched no more
     for _ in range(2):
         trainer.evaluate(few)
         trainer.train(batches(rows), steps=8)
-    assert num_traces() == 0
+    assert num_captures() == 0
     assert kind(trainer) == "replay"
     assert (len(LOSSES), len(ROWS)) == (40, 3 * 6 + 1)  # and once on zeros
 
 
-def test_what_model_fn_reads_too_makes_a_new_capture(num_traces, tmp_path):
+def test_what_model_fn_reads_too_makes_a_new_capture(num_captures, tmp_path):
     scaled = Scaled()
     trainer = make(scaled.model_fn, tmp_path)
     trainer.train(batches(rows), steps=8)
-    num_traces()
+    num_captures()
     scaled.scale = 0.0
     LOSSES.clear()
     before = trainer._sessions[True].model_state()["weight"]
     trainer.train(batches(rows), steps=8)
-    assert num_traces() == 2
+    assert num_captures() == 1
     assert torch.equal(trainer._sessions[True].model_state()["weight"], before)  # no features, no gradient
     assert len(LOSSES) == 8

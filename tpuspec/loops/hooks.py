@@ -14,6 +14,7 @@ from tpuspec.host.executor import host_call_error
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase
+from tpuspec.spec.user_threads import USER_CODE, is_users
 from tpuspec.summary.writer import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,12 @@ def check_listeners(listeners: Iterable[object] | None) -> tuple[CheckpointSaver
     return checked  # type: ignore[return-value]
 
 
+def _note_user_code(owner: object) -> None:
+    """A captured step is held against a new trace after it."""
+    if is_users(owner):
+        USER_CODE.ran()
+
+
 class HookRunner:
     """Hooks of one call of train, evaluate or predict, with the context they share.
 
@@ -69,6 +76,7 @@ class HookRunner:
         try:
             for hook in self._hooks:
                 self._begun.append(hook)
+                _note_user_code(hook)
                 with _phase_of(hook, "begin"):
                     hook.begin(self.context)
         except BaseException as error:
@@ -94,6 +102,7 @@ class HookRunner:
         """
         self._call("after_run", step)
         for hook in step_hooks:
+            _note_user_code(hook)
             with summary.as_default(self._writer, step if self._summary_step is None else self._summary_step):
                 try:
                     hook.after_run(self.context)
@@ -104,6 +113,7 @@ class HookRunner:
     def _call(self, name: str, step: int) -> None:
         self.context.step = step
         for hook in self._hooks:
+            _note_user_code(hook)
             with _phase_of(hook, name):
                 getattr(hook, name)(self.context)
 
@@ -136,11 +146,13 @@ class ListenerRunner:
     def begin(self) -> None:
         """Calls begin of every listener."""
         for listener in self._listeners:
+            _note_user_code(listener)
             listener.begin()
 
     def around(self, global_step: int, save: Callable[[], object]) -> bool:
         """Saves between before_save and after_save; returns whether a listener asks to stop."""
         for listener in self._listeners:
+            _note_user_code(listener)
             listener.before_save(global_step)
         save()
         answers = [listener.after_save(global_step) for listener in self._listeners]

@@ -28,6 +28,7 @@ from tpuspec.spec.functions import check_model_fn_call
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch
+from tpuspec.spec.user_threads import USER_CODE
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Preparation:
         Raises:
           ConfigError, InputError, SpecError and kin: a rule is broken; nothing was compiled.
         """
+        USER_CODE.ran()  # whatever ran between two calls
         session, mode = self._session, self._mode
         backend = session.backend
         settings = InputSettings(

@@ -20,10 +20,11 @@ from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
-from tpuspec.runtime.python_state import HostCode
+from tpuspec.runtime.python_state import Memory, Snapshot, changed
 from tpuspec.runtime.recording import (
     Before,
     Recording,
+    Watch,
     compile_recording,
     differences,
     launch,
@@ -32,24 +33,30 @@ from tpuspec.runtime.recording import (
 )
 from tpuspec.runtime.replica_state import ReplicaState
 from tpuspec.runtime.sent_batch import form_of
-from tpuspec.runtime.signature import Signature, read_settings, read_signature, told_change
+from tpuspec.runtime.signature import Signature, read_signature, told_change
 from tpuspec.runtime.slots import Slot
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
+from tpuspec.spec.user_threads import USER_CODE
 
 logger = logging.getLogger(__name__)
 
-_Key = tuple[int, int, Hashable, int]
-"""Number of the signature, micro-step, form of the batch, number of the optimizers' plan."""
+_Key = tuple[int, Hashable, int, int]
+"""Micro-step, form of the batch, number of the optimizers' equal counters, number of their plan."""
+
+_Told = tuple[Signature, "Snapshot | None", Hashable]
+"""What a program was captured with, for messages; the form of its batch is the last."""
 
 _MAX_TRACES = 4
 _MAX_DOUBTFUL_TRACES = 6
 _QUIET_CAPTURES = 2
 _MAX_PLANS = 8
+_MAX_PROGRAMS = 8
+"""Of one form of batch: a hook may switch between a few."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Program:
     """A captured step, ready to be replayed on every replica.
 
@@ -65,6 +72,8 @@ class _Program:
       recording: the first replica's, to hold later traces against.
       known: numbers of optimizers that were the same in both traces: whether the graph follows them is not known.
       num_replays: since the last audit.
+      num_checked: replays before the last audit.
+      audit_at: replays from one audit to the next: 2, and as many as before, up to the setting.
     """
 
     graph: bytes
@@ -80,6 +89,8 @@ class _Program:
     recording: Recording
     known: dict[Leaf, Any]
     num_replays: int = 0
+    num_checked: int = 0
+    audit_at: int = 2
 
 
 class CapturedStep:
@@ -92,19 +103,17 @@ class CapturedStep:
       audit_every: replays between two traces that check that the step is still what was captured.
       enter: makes the backend the one that steps reduce with; a context manager for each trace.
       name: of the step in messages.
-      host_code: of the backend's host functions in all modes.
       fallback: runs a step that is traced for good; None records and launches each.
       numbers: of the optimizers.
       num_steps: training steps that `step` makes.
 
     Attributes:
-      kind: how the newest step ran, 'replay' or 'traced'.
+      kind: how the newest step ran, 'replay' or 'traced'. The check of a step that is replayed is a replay too.
     """
 
     def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
-                 enter: Callable[[], Any], name: str, host_code: HostCode,
-                 fallback: CompiledStep | None = None, numbers: OptimizerNumbers | None = None,
-                 num_steps: int = 1) -> None:
+                 enter: Callable[[], Any], name: str, fallback: CompiledStep | None = None,
+                 numbers: OptimizerNumbers | None = None, num_steps: int = 1) -> None:
         self.kind = "traced"
         self._step, self._replicas, self._name = step, tuple(replicas), name
         self._mode, self._enter, self._fallback = mode, enter, fallback
@@ -112,19 +121,23 @@ class CapturedStep:
         self._states = [ReplicaState(replica) for replica in replicas]
         self._several = len(replicas) > 1
         self._of_optimizers = numbers or OptimizerNumbers(replicas)
-        self._plans: dict[tuple[int, int, Hashable], list[NumberPlan]] = {}
+        self._plans: dict[tuple[int, Hashable, int], list[NumberPlan]] = {}
+        self._counters: dict[tuple[Hashable, ...], int] = {}
+        self._counters_now = 0
         self._numbers: dict[Slot, int] = {}
-        self._programs: dict[_Key, _Program] = {}
-        self._traces: dict[_Key, Recording] = {}
-        self._num_traces = self._num_doubtful = 0
-        self._signature = 0
-        self._signatures: dict[Signature, int] = {}
-        self._read: list[Signature] = []
+        self._programs: dict[_Key, list[_Program]] = {}
+        self._trusted: dict[_Key, _Program] = {}
+        self._crossed: set[_Key] = set()
+        self._traces: dict[_Key, Recording | None] = {}
+        self._num_traces = self._num_doubtful = self._num_captures = 0
+        self._user_code = -1
         self._others: list[Any] = []
-        self._captured: dict[tuple[int, Hashable], None] = {}
-        self._in_flight = False
+        self._changes: list[_Told] = []
+        self._captured: list[_Told] = []
+        self._in_flight = self._has_replayed = self._has_read = False
         self._written: set[int] = set()
-        self._host_code, self._knows_host_code = host_code, False
+        self._memory = Memory(step, replicas[0])
+        self._settings: Snapshot | None = None
         # What the newest step reads and writes. A thread of torch_xla that is the last to hold a buffer waits for the
         # step, and so for all replicas, perhaps with the launch of one of them in its hands: Eigen takes the next
         # task before it destroys the one before. The launches of the next step wait until these threads have let go.
@@ -135,20 +148,22 @@ class CapturedStep:
         """Dispatches one step on each replica's batch; does not wait for it."""
         if self._gave_up:
             return self._trace(batches, micro_step, None)
-        if not self._knows_host_code:  # of which the first trace tells
-            return self._trace(batches, micro_step, None)
-        if self._in_flight and self._others and self._of_optimizers.others() != self._others:
+        if (others := self._of_optimizers.others()) != self._others:
             self.publish()  # a schedule has moved what is no number
+            self._trusted.clear()
+            self._crossed.update(self._traces)
+            self._others = others
         if not self._in_flight:
             self._adopt()
-        of_plans = (self._signature, micro_step, form_of(batches[0]))
+        of_plans = (micro_step, form_of(batches[0]), self._counters_now)
         key = (*of_plans, self._prepared(self._plans.get(of_plans, ())))
-        program = self._programs.get(key)
-        if program is None or (program.num_replays >= self._audit_every and micro_step == 0) or (
+        program = self._trusted.get(key)
+        if program is None or (program.num_replays >= program.audit_at and micro_step == 0) or (
                 not self._of_optimizers.are(program.known)):
             self.publish()
             return self._trace(batches, micro_step, key)
         program.num_replays += 1
+        self._has_replayed = True
         self.kind = "replay"
         return self._replay(program, batches)
 
@@ -168,34 +183,42 @@ class CapturedStep:
             self._of_optimizers.publish()
             self._written.clear()
             self._in_flight = False
-            self._check_settings()
+            if self._has_replayed:
+                self._has_replayed = False
+                self._check_settings()
 
     def _prepared(self, plans: Sequence[NumberPlan]) -> int:
         """Prepares the optimizers' numbers by the first plan that serves; returns its place, or that of a new one."""
         return next((i for i, plan in enumerate(plans) if self._of_optimizers.prepare(plan)), len(plans))
 
     def _check_settings(self) -> None:
-        """Checks that no value that the step reads changed while nothing looked."""
-        signature = self._read[self._signature]
-        settings = read_settings(self._step, self._replicas[0], self._host_code)
-        if change := told_change(signature, signature._replace(settings=settings)):
+        """Checks that no value that the step reads changed while nothing looked.
+
+        Raises:
+          CaptureError: the input or a host function has changed one.
+        """
+        settings = self._memory.settings()
+        if moved := changed(self._settings, settings):
+            self._settings = settings
             raise CaptureError(
-                f"{self._name}: {change}, between two steps of a loop, and the steps since then may have used the old "
-                "value. Pass what changes from step to step in the batch, change it in a hook, or set capture=off.")
+                f"{self._name}: a Python value that the step reads changed, {moved[0]}, between two steps of a loop, "
+                "and the steps since then may have used the old value. Pass what changes from step to step in the "
+                "batch, change it in a hook, or set capture=off.")
 
     def _adopt(self) -> None:
         self._follow_first_replica()
         self._of_optimizers.settle()
+        self._counters_now = self._counters.setdefault(self._of_optimizers.adopt(), len(self._counters))
         for state in self._states:
             state.adopt(self._numbers)
         for state in self._states:
             state.values += [None] * (len(self._numbers) - len(state.values))
         self._in_flight = True
-        self._others = self._of_optimizers.others()
-        signature = read_signature(self._step, self._replicas[0], self._of_optimizers.adopt(), self._host_code)
-        self._signature = self._signatures.setdefault(signature, len(self._signatures))
-        if self._signature == len(self._read):
-            self._read.append(signature)
+        if self._user_code != USER_CODE.num_runs:
+            self._user_code = USER_CODE.num_runs
+            self._trusted.clear()
+            self._crossed.update(self._traces)
+            self._settings = None
 
     def _follow_first_replica(self) -> None:
         """Gives hyper-parameters that a hook set on the first replica to the others."""
@@ -214,14 +237,9 @@ class CapturedStep:
         befores: list[Before] = []
         self._of_optimizers.settle()
         with undone_on_error(befores):
-            recordings = self._record(batches, micro_step, befores, watch=key is not None)
+            recordings = self._record(batches, micro_step, befores, watch=self._watch_of(key))
             if key is not None:
-                self._keep_plan(key, recordings[0])
-            program = self._programs.get(key) if key is not None else None
-            if program is not None and key is not None:
-                self._audit(key, program, recordings[0])
-            elif key is not None:
-                self._consider(key, recordings)
+                self._judge(key, recordings)
         results, values = [], [recording.values for recording in recordings]
         for state, recording in zip(self._states, recordings, strict=True):
             graph.use_device(state.device)
@@ -232,7 +250,14 @@ class CapturedStep:
             _host_tensors(recording, result, batch))))
             for recording, result, batch in zip(recordings, results, batches, strict=True)]
 
-    def _record(self, batches: Sequence[Batch], micro_step: int, befores: list[Before], *, watch: bool,
+    def _watch_of(self, key: _Key | None) -> Watch:
+        """A step that may be one of the programs is only held against them, which is quicker."""
+        if key is None:
+            return Watch.nothing
+        is_known = key in self._trusted or (key not in self._traces and self._programs.get(key))
+        return Watch.device if is_known else Watch.all
+
+    def _record(self, batches: Sequence[Batch], micro_step: int, befores: list[Before], *, watch: Watch,
                 ) -> list[Recording]:
         recordings = []
         with self._enter(), torch.autograd.set_multithreading_enabled(False):
@@ -240,57 +265,102 @@ class CapturedStep:
                 graph.use_device(state.device)
                 befores.append(before := Before(state.replica))
                 seed = graph.get_seed(state.device)
-                recording = record(state.replica, self._step, batch, micro_step, before=before,
-                                   numbers=self._of_optimizers, host_code=self._host_code, watch=watch,
-                                   num_steps=self._num_steps)
+                recording = record(
+                    state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
+                    memory=self._memory, watch=watch if not recordings or watch is Watch.nothing else Watch.device,
+                    locate=self._has_read, num_steps=self._num_steps)
                 compile_recording(recording, state.device)
                 graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
                 recordings.append(recording)
-        self._knows_host_code = True
+        self._has_read = recordings[0].has_read
         if len({recording.graph for recording in recordings}) > 1:
             raise CaptureError(f"the replicas computed different graphs in {self._name}, and would wait for each other "
                                "for ever. model_fn must do the same on every replica: no branch on an ordinal.")
         return recordings
 
-    def _keep_plan(self, key: _Key, recording: Recording) -> None:
+    def _judge(self, key: _Key, recordings: Sequence[Recording]) -> None:
+        """Audits a trusted program, trusts one that the trace equals, or makes a new one."""
+        if not self._keep_plan(key, recordings[0]):
+            return
+        trusted = self._trusted.get(key)
+        if trusted is not None:
+            self._audit(key, trusted, recordings[0])
+            self.kind = "replay"
+            return
+        if self._settings is None or recordings[0].is_watched:
+            self._settings = self._memory.settings()
+        programs = self._programs.get(key, [])
+        if key not in self._traces and not recordings[0].notes:
+            for program in programs:
+                if not differences(program.recording, recordings[0], self._replicas[0]):
+                    programs.remove(program)
+                    programs.append(program)  # the newest stay
+                    self.kind = "replay" if program.num_replays else "traced"
+                    self._trust(key, program)
+                    return
+        if programs and recordings[0].plan != self._plans[key[:3]][key[3]]:
+            del self._programs[key]  # the optimizers compute with other numbers from now on
+            self._plans[key[:3]][key[3]] = recordings[0].plan
+        if recordings[0].is_watched:
+            self._consider(key, recordings)
+        else:
+            self._traces[key] = None  # the next ones are watched
+
+    def _keep_plan(self, key: _Key, recording: Recording) -> bool:
+        """Keeps how the optimizers compute numbers; returns whether that is not another way in each step."""
         plans = self._plans.setdefault(key[:3], [])
         if key[3] == len(plans):
             plans.append(recording.plan)
-        elif key not in self._programs:
+        elif not self._programs.get(key):
             plans[key[3]] = recording.plan
         if len(plans) > _MAX_PLANS:
             self._give_up([told_difference(*plans[-2:]) or "its optimizers compute with other numbers in each step"])
+        return not self._gave_up
+
+    def _trust(self, key: _Key, program: _Program) -> None:
+        program.num_replays = 0
+        self._trusted[key] = program
+        self._num_traces = 0
+        self._changes.clear()
 
     def _consider(self, key: _Key, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
-        if self._gave_up:
-            return
         newest, previous = recordings[0], self._traces.get(key)
+        # What user code did between the two is no reason to give up.
+        if key in self._crossed and (previous is None or previous.notes or differences(
+                previous, newest, self._replicas[0])):
+            previous = None
+        self._crossed.discard(key)
         if newest.is_doubtful and self._num_doubtful < _MAX_DOUBTFUL_TRACES:
             self._num_doubtful += 1  # traced again, until no other thread runs beside it
             return
-        if previous is None and self._num_new_signatures() >= _MAX_TRACES:
-            self._give_up([told_change(*self._read[-2:]) or "it is another one in each step"])
-            return
+        signature = (read_signature(self._replicas[0]), self._settings, key[1])
+        if previous is None:
+            self._changes.append(signature)
+            if len(self._changes) > _MAX_TRACES:
+                old, new = self._changes[-2:]
+                self._give_up([_told_change(old, new) or "it is another one in each step"])
+                return
         self._traces[key] = newest
         reasons = list(newest.notes)
         if previous is not None:
             reasons += [] if previous.notes else differences(previous, newest, self._replicas[0])
             if not reasons and not previous.notes:
-                self._programs[key] = self._program(recordings, previous)
+                program = self._program(recordings, previous)
+                self._keep(key, program)
                 del self._traces[key]
-                self._num_traces = 0
-                self._tell_of_recompiles(key)
+                self._trust(key, program)
+                self._tell_of_recompiles(key, signature)
                 return
         self._num_traces += bool(reasons)
         if self._num_traces >= _MAX_TRACES - 1 and reasons:
             self._give_up(reasons)
 
-    def _num_new_signatures(self) -> int:
-        """Counts the newest signatures, of which none has a program."""
-        known = {key[0] for key in self._programs}
-        return next((count for count, number in enumerate(reversed(range(len(self._read)))) if number in known),
-                    len(self._read))
+    def _keep(self, key: _Key, program: _Program) -> None:
+        """Adds a program; the oldest go where there are too many, as their constants are kept too."""
+        programs = self._programs.setdefault(key, [])
+        programs.append(program)
+        del programs[:-_MAX_PROGRAMS]
 
     def _give_up(self, reasons: Sequence[str]) -> None:
         told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
@@ -300,21 +370,23 @@ class CapturedStep:
         logger.warning("%s %s instead, which is right but slower. capture=off asks for that.", told, instead)
         self._gave_up = True
         self._programs.clear()
+        self._trusted.clear()
         self._traces.clear()
 
-    def _tell_of_recompiles(self, key: _Key) -> None:
-        signature, micro_step, form, _ = key
-        if micro_step or (signature, form) in self._captured:
+    def _tell_of_recompiles(self, key: _Key, signature: _Told) -> None:
+        if key[0]:
             return
-        self._captured[(signature, form)] = None
-        if len(self._captured) > _QUIET_CAPTURES:
-            (old, old_form), (new, new_form) = list(self._captured)[-2:]
-            logger.warning("%s was captured %d times: %s.", self._name, len(self._captured),
-                           told_change(self._read[old], self._read[new])
-                           or f"the batch changed, {old_form} -> {new_form}")
+        self._captured.append(signature)
+        del self._captured[:-2]
+        self._num_captures += 1
+        if self._num_captures > _QUIET_CAPTURES:
+            logger.warning("%s was captured %d times: %s.", self._name, self._num_captures,
+                           _told_change(*self._captured) or "its Python code does something else")
 
     def _audit(self, key: _Key, program: _Program, recording: Recording) -> None:
-        program.num_replays = 0
+        program.num_checked += program.num_replays
+        program.audit_at = min(program.num_checked, self._audit_every)
+        num_replays, program.num_replays = program.num_replays, 0
         if recording.is_doubtful:
             return
         found = recording.notes or differences(program.recording, recording, self._replicas[0])
@@ -323,15 +395,14 @@ class CapturedStep:
             for leaf in moved:  # in the plan it is, then
                 del program.known[leaf]
         elif moved and not recording.notes:  # which the graph does not follow: another program
-            del self._programs[key]
+            del self._programs[key], self._trusted[key]
             self._plans[key[:3]][key[3]] = recording.plan
-            self._traces[key] = recording
+            self._traces[key] = recording if recording.is_watched else None
             self._num_traces += 1
-            return
-        if found:
+        else:
             raise CaptureError(
-                f"{self._name} is no longer what was captured and replayed {self._audit_every} times: {found[0]}. "
-                "The steps since the last check used the captured form. Mend that, or set capture=off.")
+                f"{self._name} is no longer what was captured: {found[0]}. It was replayed {num_replays} times since "
+                "the last check. Mend that, or set capture=off.")
 
     def _program(self, recordings: Sequence[Recording], previous: Recording) -> _Program:
         first = recordings[0]
@@ -407,3 +478,12 @@ def _moved(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:
 def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     tensors = batch.tensors()
     return [tensors[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
+
+
+def _told_change(old: _Told, new: _Told) -> str | None:
+    """Says what changed between two captures; None where that is not known."""
+    if (change := told_change(old[0], new[0])) is not None:
+        return change
+    if moved := changed(old[1] or {}, new[1] or {}):
+        return f"a Python value that the step reads changed, {moved[0]}"
+    return None if old[2] == new[2] else f"the batch changed, {old[2]} -> {new[2]}"

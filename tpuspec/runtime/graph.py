@@ -6,6 +6,7 @@ Source: torch_xla/_dynamo/dynamo_bridge.py, which uses the same calls.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,28 @@ def computed(tensor: Tensor) -> Tensor:
     return torch.logical_or(tensor, tensor) if tensor.dtype is torch.bool else tensor.detach().mul(1)
 
 
+_fetching = threading.RLock()
+
+
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies device tensors to the host in one transfer; runs what is pending behind them."""
-    return _C._xla_get_cpu_tensors(list(tensors)) if tensors else []
+    if not tensors:
+        return []
+    with _fetching:
+        return _C._xla_get_cpu_tensors(list(tensors))
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Keeps other threads from fetching, so that what `num_reads` counts within the block is this thread's."""
+    with _fetching:
+        yield
+
+
+def num_reads() -> int:
+    """Counts what was copied from devices to the host, by whatever call."""
+    found = _C._xla_metric_data("TransferFromDeviceTime")
+    return found[0] if found else 0
 
 
 def use_device(device: str) -> None:

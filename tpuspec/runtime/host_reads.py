@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tpuspec.runtime import graph
 
-_READERS = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__format__",
-                      "__repr__", "__array__", "is_nonzero", "equal", "allclose"})
+_READS = frozenset({"_local_scalar_dense"})
 _SHAPED_BY_VALUES = frozenset({"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "unique_dim"})
 
 
-class HostReads(TorchFunctionMode):
-    """Notes what this thread reads from the device, and what torch_xla computes on the host, with the first place.
+class HostReads:
+    """Notes whether a trace reads from the device, by whatever call, and what torch_xla computes on the host.
 
-    The worker reads other tensors at the same time, which is no concern of the trace.
+    torch_xla counts both. Where it happened only a mode that sees every call can say: it is on in the traces after the
+    first that has read, as it makes other graphs, of the same values.
+
+    Args:
+      locate: whether to say where.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._read_at: str | None = None
-        self._host_op: tuple[str, str | None] | None = None
-        self._ops = graph.host_ops()
+    def __init__(self, *, locate: bool) -> None:
+        self._places = _Places() if locate else None
+        self._stack = contextlib.ExitStack()
+        self._ops: dict[str, int] = {}
+        self._num_reads = 0
+        self._new: str | None = None
+        self._has_read = False
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if self._read_at is None and (name in _READERS or name == "to") and _reads_device(name, args):
-            self._read_at = _user_place(sys._getframe(1))
-        result = func(*args, **(kwargs or {}))
-        if self._host_op is None and (op := self._new_op()) is not None:
-            self._host_op = (op, _user_place(sys._getframe(1)))
-        return result
+    def __enter__(self) -> HostReads:
+        self._stack.enter_context(graph.nothing_fetched())
+        self._ops, self._num_reads = graph.host_ops(), graph.num_reads()
+        if self._places is not None:
+            self._stack.enter_context(self._places)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._has_read = graph.num_reads() != self._num_reads
+        self._new = _new_op(self._ops)
 
     def note(self) -> str | None:
         """Says why the trace could not be replayed; None where it stayed on the device."""
-        if self._read_at is not None:
-            return (f"it reads a value from the device at {self._read_at}: .item(), .cpu(), print and `if` on a tensor "
-                    "wait for the device. Return the tensor in host_call instead")
-        op, place = self._host_op or (self._new_op(), None)
-        if op is None:
-            return None
+        read_at, host_op = (self._places.read_at, self._places.host_op) if self._places is not None else (None, None)
+        op, place = host_op or (self._new, None)
+        if op is None or (read_at is not None and op not in _SHAPED_BY_VALUES):
+            if not self._has_read:
+                return None
+            return (f"it reads a value from the device at {read_at or 'some place'}: .item(), .cpu(), print and `if` "
+                    "on a tensor wait for the device. Return the tensor in host_call instead")
         where = f" at {place}" if place else ""
         if op in _SHAPED_BY_VALUES:
             return (f"it makes a tensor whose shape depends on values{where}, by {op}, as indexing with a mask does. "
@@ -54,15 +63,30 @@ class HostReads(TorchFunctionMode):
         return (f"XLA has no {op}{where}, which is computed on the host, from values read from the device. Replace it, "
                 "or compute it in input_fn or host_call")
 
-    def _new_op(self) -> str | None:
-        return next((op.partition(".")[0] for op, count in graph.host_ops().items()
-                     if count != self._ops.get(op, 0)), None)
+
+class _Places(TorchFunctionMode):
+    """Finds the first place that reads from the device, and the first operation that torch_xla computes on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_at: str | None = None
+        self.host_op: tuple[str, str | None] | None = None
+        self._ops = graph.host_ops()
+        self._num_reads = graph.num_reads()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.host_op is None and (op := _new_op(self._ops)) is not None:
+            self.host_op = (op, _user_place(sys._getframe(1)))
+            self._num_reads = graph.num_reads()  # its own
+        if self.read_at is None and graph.num_reads() != self._num_reads:
+            self.read_at = _user_place(sys._getframe(1))
+        return result
 
 
-def _reads_device(name: str, args: Any) -> bool:
-    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "xla":
-        return False
-    return name != "to" or any(str(arg).startswith("cpu") for arg in args[1:])
+def _new_op(before: Mapping[str, int]) -> str | None:
+    return next((op.partition(".")[0] for op, count in graph.host_ops().items()
+                 if count != before.get(op, 0) and op not in _READS), None)
 
 
 def _user_place(frame: FrameType | None) -> str:

@@ -1,24 +1,28 @@
 """What a step's Python code could remember from one call to the next, as values that can be compared.
 
 A captured step does not run its Python code, so a model_fn that counts, appends or draws random numbers on the host
-cannot be replayed. Its closure, the globals and defaults it uses, the objects it is bound to, its modules' attributes
-and its optimizers' host values are looked at before and after a trace. What only the spec's host
-functions use is left out: they run on the worker, at any time, and may remember what they like.
+cannot be replayed. `Memory` knows from `frames.py` which functions ran in a trace, and on what objects. It takes
+snapshots of those: their globals, closures, defaults and attributes, the attributes of modules and optimizers, random
+state. Large data is compared by identity and length, never read through.
 """
 
 from __future__ import annotations
 
 import builtins
 import collections
+import contextvars
 import dataclasses
 import dis
 import enum
 import functools
+import gc
 import hashlib
-import inspect
+import itertools
+import os
 import random
-import sys
 import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpuspec.runtime.frames import Frames, is_library_file
 from tpuspec.runtime.optimizer_places import is_number
 from tpuspec.spec.backend import Replica
 
@@ -34,58 +39,100 @@ Snapshot = dict[str, Any]
 
 _RANDOM = ("Python's random numbers, random", "numpy's random numbers, np.random", "torch's random numbers on the host")
 _MAX_DEPTH = 8
-_MAX_ITEMS = 200
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
-_LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "tpuspec.", "tensorboard", "omegaconf", "hydra")
+_MAX_ITEMS = 128
+_MAX_VALUES = 50_000
+_MAX_BYTES_READ = 1 << 16
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice,
+           np.generic)
+_CONTAINERS = (dict, list, tuple, collections.deque, collections.OrderedDict, collections.defaultdict,
+               collections.Counter, types.MappingProxyType, nn.modules.module.OrderedDict)
+_WHOLE = frozenset({"__dict__", "vars", "asdict", "astuple", "attrgetter"})
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+_OPTIMIZER_INTERNALS = frozenset({"param_groups", "state", "defaults"})
 
 
-class HostCode:
-    """The code of the host functions of a backend's steps, in all modes, as far as traces have told of it.
+class Memory:
+    """What the Python code of one step may remember.
 
-    model_fn names the host functions of every mode, and the step of each must leave out all of them.
-
-    Attributes:
-      codes: code objects.
-      names: names that those which are methods use, themselves and in methods that they call.
+    Args:
+      step: the step; a trace of it is made within `watching`.
+      replica: its module and optimizers are looked at too.
     """
 
-    def __init__(self) -> None:
-        self.codes: frozenset[types.CodeType] = frozenset()
-        self.names: frozenset[str] = frozenset()
+    def __init__(self, step: Callable[..., Any], replica: Replica) -> None:
+        self._step, self._replica = step, replica
+        self._frames = Frames()
+        self._functions: dict[types.CodeType, weakref.ref[types.FunctionType]] = {}
 
-    def add(self, functions: Iterable[Any]) -> None:
-        """Adds the code of functions; None among them is passed over."""
-        for function in functions:
-            while isinstance(function, functools.partial):
-                function = function.func
-            if not isinstance(function, types.FunctionType | types.MethodType | type(None)):
-                function = getattr(function, "__call__", None)  # noqa: B004 - its method, not whether there is one
-            if isinstance(function, types.MethodType):
-                owner, function = type(function.__self__), function.__func__
-                if isinstance(function, types.FunctionType):
-                    self.names |= _names_by_methods(function.__code__, owner, frozenset())
-            if isinstance(function, types.FunctionType) and function.__code__ not in self.codes:
-                self.codes |= {function.__code__}
+    def watching(self) -> Frames:
+        """Notes, as a context, the functions that run in a trace and what they are called on."""
+        return self._frames
+
+    def outside(self) -> str | None:
+        """Says what the newest watched trace has read from outside the process; None for nothing."""
+        return self._frames.outside
+
+    def settings(self) -> Snapshot:
+        """Returns what may not change between two steps of a loop, where nothing looks."""
+        return self._walk()
+
+    def all(self) -> Snapshot:
+        """Returns all that the step could change: its settings, the optimizers' numbers, random state."""
+        snapshot = self._walk() | _optimizer_numbers(self._replica)
+        snapshot[_RANDOM[0]] = _digest(repr(random.getstate()).encode())
+        snapshot[_RANDOM[1]] = _digest(repr(np.random.get_state(legacy=False)).encode())
+        snapshot[_RANDOM[2]] = _digest(torch.get_rng_state().numpy().tobytes())
+        return snapshot
+
+    def _walk(self) -> Snapshot:
+        codes = self._frames.codes
+        used = _names_of_codes(codes.keys())
+        walk = _Walk(codes, None if used & _WHOLE else used)
+        walk.visit("", self._step, 0)
+        for path, value in self._frames.objects():
+            walk.visit(path, value, 1)
+        for function in self._functions_of(codes, walk.seen):
+            walk.visit("", function, 0)
+        replica = self._replica
+        if replica.model is not None:
+            walk.visit("model", replica.model, 0)
+            for path, parameter in replica.model.named_parameters():
+                if hooks := getattr(parameter, "_backward_hooks", None):
+                    walk.visit(f"hooks of {path}", hooks, 1)
+        for name, optimizer in replica.optimizers.items():
+            walk.visit(f"optimizer {name!r}" if name else "optimizer", optimizer, 0)
+        if {"environ", "getenv"} & used:
+            walk.snapshot["os.environ"] = dict(os.environ)
+        return walk.snapshot
+
+    def _functions_of(self, codes: Mapping[types.CodeType, Any], seen: set[int]) -> Iterator[types.FunctionType]:
+        """Yields functions that ran and that the walk has not met: their closures and defaults may have changed."""
+        missing = [code for code in codes if id(code) not in seen and code not in self._functions
+                   and (code.co_freevars or code.co_names)]
+        if missing:
+            wanted = set(missing)
+            for function in gc.get_objects():
+                if type(function) is types.FunctionType and function.__code__ in wanted:
+                    self._functions[function.__code__] = weakref.ref(function)
+        for code, reference in self._functions.items():
+            if id(code) not in seen and (function := reference()) is not None:
+                yield function
 
 
-def settings_of(step: Callable[..., Any], model: nn.Module | None, host_code: HostCode) -> Snapshot:
-    """Returns the plain values that a step reads: closures, defaults, globals, bound objects, attributes of modules.
-
-    Of a module only those that its class or the step's code names: a hook may leave other ones there.
-    """
-    walk = _walked({"": step}, host_code, modules=False)
-    for path, module in () if model is None else model.named_modules():
-        named = _names_of_class(type(module)) | walk.used
-        for name, value in list(vars(module).items()):
-            if name in named and name not in _MODULE_INTERNALS:
-                walk.visit(f"model.{path}.{name}".replace("..", "."), value, 1)
-    return walk.snapshot
+def changed(before: Snapshot, after: Snapshot) -> list[str]:
+    """Names what differs between two snapshots, old and new, as far as both have it."""
+    return [f"{path} ({_short(before[path])} -> {_short(after[path])})"
+            for path in after if path in before and before[path] != after[path]]
 
 
-def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -> Snapshot:
-    """Returns all that a step's Python code could change: `settings_of`, modules, optimizers, random state."""
-    roots = {"": step} if replica.model is None else {"": step, "model": replica.model}
-    snapshot = _walked(roots, host_code, modules=True).snapshot
+def is_random_state(change: str) -> bool:
+    """Whether a line of `changed` is of the process's random state, which all its threads share."""
+    return change.startswith(_RANDOM)
+
+
+def _optimizer_numbers(replica: Replica) -> Snapshot:
+    snapshot: Snapshot = {}
     for name, optimizer in replica.optimizers.items():
         path = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
@@ -100,256 +147,279 @@ def memory_of(step: Callable[..., Any], replica: Replica, host_code: HostCode) -
                     snapshot[f"{path} state {index} {key}"] = repr(value) if isinstance(value, _SIMPLE) else id(value)
                 elif value.device.type == "cpu":
                     snapshot[f"{path} state {index} {key}"] = (id(value), value._version)
-    snapshot[_RANDOM[0]] = _digest(repr(random.getstate()).encode())
-    snapshot[_RANDOM[1]] = _digest(repr(np.random.get_state(legacy=False)).encode())
-    snapshot[_RANDOM[2]] = _digest(torch.get_rng_state().numpy().tobytes())
     return snapshot
 
 
-def changed(before: Snapshot, after: Snapshot) -> list[str]:
-    """Names what differs between two snapshots, old and new, as far as the newer one has it."""
-    return [f"{path} ({_short(before.get(path, _Absent))} -> {_short(after[path])})"
-            for path in after if before.get(path, _Absent) != after[path]]
-
-
-def is_random_state(change: str) -> bool:
-    """Whether a line of `changed` is of the process's random state, which all its threads share."""
-    return change.startswith(_RANDOM)
-
-
-class _Absent:
-    """Stands for no value."""
-
-
 def _short(value: Any) -> str:
-    if value is _Absent:
-        return "absent"
-    if isinstance(value, _Opaque):
-        return value.told
-    text = str(value)
+    text = value.told if isinstance(value, _Opaque) else str(value[1] if _is_simple_entry(value) else value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _is_simple_entry(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and isinstance(value[0], type)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Opaque:
-    """A value compared by a number that says nothing to people.
+    """A value compared by something that says nothing to people.
 
     Attributes:
-      number: compared.
+      key: compared.
       told: what people are told.
     """
 
-    number: Any
+    key: Any
     told: str
 
 
-def _digest(data: bytes) -> _Opaque:
-    return _Opaque(hashlib.blake2b(data, digest_size=8).digest(), "a state")
-
-
-def _walked(roots: Mapping[str, Any], host_code: HostCode, *, modules: bool) -> _Walk:
-    hidden = host_code.names
-    if hidden:  # but for what the step uses too
-        scout = _Walk(host_code.codes, frozenset(), modules=modules)
-        for path, value in roots.items():
-            scout.visit(path, value, 0)
-        hidden -= scout.used
-    walk = _Walk(host_code.codes, hidden, modules=modules)
-    for path, value in roots.items():
-        walk.visit(path, value, 0)
-    return walk
+def _digest(data: bytes, told: str = "a state") -> _Opaque:
+    return _Opaque(hashlib.blake2b(data, digest_size=8).digest(), told)
 
 
 class _Walk:
-    """Visits values by path; each object once.
+    """Visits values by path, each object once.
 
     Args:
-      host_codes: of functions that are passed over.
-      hidden: names of attributes that are passed over.
-      modules: whether the attributes of modules are visited.
+      codes: of functions that ran, with their globals; the insides of other functions are passed over.
+      names: of attributes of the user's objects that are visited; None for all.
 
     Attributes:
       snapshot: what was found.
-      used: names that the functions use which were visited.
+      seen: ids of what was visited, code objects of functions among them.
     """
 
-    def __init__(self, host_codes: frozenset[types.CodeType], hidden: frozenset[str], *, modules: bool) -> None:
+    def __init__(self, codes: Mapping[types.CodeType, dict[str, Any]], names: frozenset[str] | None) -> None:
         self.snapshot: Snapshot = {}
-        self.used: set[str] = set()
-        self._host_codes, self._hidden, self._modules = host_codes, hidden, modules
-        self._seen: set[int] = set()
+        self.seen: set[int] = set()
+        self._codes, self._names = codes, names
+        self._globals: set[tuple[int, str]] = set()
 
     def visit(self, path: str, value: Any, depth: int) -> None:
         if isinstance(value, (enum.Enum, *_SIMPLE)):
-            self.snapshot[path] = value
+            self._note(path, (type(value), repr(value) if isinstance(value, float) else value))
             return
         if isinstance(value, Tensor):
-            self.snapshot[path] = self._tensor(value)
+            told = f"tensor {list(value.shape)} on {value.device}"
+            # A device tensor by its object: what it stands for now is no value of Python's.
+            is_host = value.device.type == "cpu"
+            self._note(path, _Opaque((id(value), value._version if is_host else None), told))
             return
-        if id(value) in self._seen or depth > _MAX_DEPTH:
+        if id(value) in self.seen or depth > _MAX_DEPTH or len(self.snapshot) > _MAX_VALUES:
             return
-        self._seen.add(id(value))
+        self.seen.add(id(value))
         for name, item in self._parts(path, value):
             self.visit(name, item, depth + 1)
 
-    def _tensor(self, tensor: Tensor) -> _Opaque:
-        told = f"tensor {list(tensor.shape)} on {tensor.device}"
-        # A device tensor by its object: what it stands for now is no value of Python's.
-        return _Opaque((id(tensor), tensor._version if tensor.device.type == "cpu" else None), told)
+    def _note(self, path: str, value: Any) -> None:
+        while path in self.snapshot:  # of another function or object of that name
+            path += "'"
+        self.snapshot[path] = value
 
-    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def _parts(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
         if isinstance(value, types.FunctionType):
-            yield from self._function(path, value)
-        elif isinstance(value, types.MethodType):
-            self._use(value.__func__, type(value.__self__))
-            yield f"{path}", value.__func__
-            yield f"{path} self" if path else "self", value.__self__
-        elif isinstance(value, functools.partial):
-            yield path, value.func
-            yield f"{path} arguments".strip(), (value.args, value.keywords)
-        elif isinstance(value, nn.Module):
-            if self._modules:
-                yield from self._module(path, value)
-        elif isinstance(value, np.ndarray):
-            if value.nbytes <= 1 << 20:
-                self.snapshot[path] = _digest(value.tobytes())
-        elif isinstance(value, np.random.Generator):
-            self.snapshot[path] = _digest(repr(value.bit_generator.state).encode())
+            return self._function(path, value)
+        if isinstance(value, types.MethodType):
+            return [(path, value.__func__), (f"{path} self".strip(), value.__self__)]
+        if isinstance(value, functools.partial):
+            return [(path, value.func), (f"{path} arguments".strip(), (value.args, value.keywords))]
+        if isinstance(value, types.BuiltinFunctionType):
+            self._note(path, _Opaque((value.__name__, id(value.__self__)), value.__name__))
+            return [] if isinstance(value.__self__, types.ModuleType | None) else [(f"{path} self", value.__self__)]
+        if isinstance(value, nn.Module):
+            return self._module(path, value)
+        if isinstance(value, type):
+            return self._class(path, value)
+        if isinstance(value, types.ModuleType):
+            return [] if _is_library(value.__name__) else self._attributes(path, vars(value), used_only=True)
+        if isinstance(value, torch.optim.Optimizer):
+            return [(name, item) for name, item in self._attributes(
+                path, vars(value), without=_OPTIMIZER_INTERNALS) if not is_number(item)]  # which a plan follows
+        if isinstance(value, contextvars.ContextVar):
+            return [(f"{path}.get()", value.get(None))]
+        if type(value) in _CONTAINERS or (isinstance(value, tuple) and hasattr(value, "_fields")):
+            return self._items(path, value)
+        if isinstance(value, set | frozenset):
+            items = frozenset(map(repr, value)) if len(value) <= _MAX_ITEMS else None
+            self._note(path, _Opaque((len(value), items), f"a set of {len(value)}"))
+            return []
+        return self._state(path, value)
+
+    def _state(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
+        """Objects whose state their type tells, and those of the user's classes."""
+        if isinstance(value, np.ndarray):
+            self._note(path, _array(value))
+        elif isinstance(value, np.random.Generator | np.random.BitGenerator):
+            state = value.bit_generator.state if isinstance(value, np.random.Generator) else value.state
+            self._note(path, _digest(repr(state).encode()))
+        elif isinstance(value, np.random.RandomState):
+            self._note(path, _digest(repr(value.get_state(legacy=False)).encode()))
         elif isinstance(value, random.Random):
-            self.snapshot[path] = _digest(repr(value.getstate()).encode())
-        elif isinstance(value, Mapping):
-            yield from self._items(path, value, list(value.items()))
-        elif isinstance(value, list | tuple | collections.deque):
-            yield from self._items(path, value, list(enumerate(value)))
-        elif isinstance(value, set | frozenset):
-            self.snapshot[path] = (len(value), frozenset(map(repr, value)) if len(value) <= _MAX_ITEMS else None)
-        elif type(value).__module__ == "itertools":
-            self.snapshot[path] = repr(value)
+            self._note(path, _digest(repr(value.getstate()).encode()))
+        elif isinstance(value, torch.Generator):
+            self._note(path, _digest(value.get_state().numpy().tobytes()))
         elif isinstance(value, types.GeneratorType):
-            self.snapshot[path] = (value.gi_frame is None, value.gi_frame and value.gi_frame.f_lasti)
-        elif dataclasses.is_dataclass(value) or not _is_library(type(value)):
-            for name, item in list(getattr(value, "__dict__", {}).items()):
-                if name not in self._hidden:
-                    yield f"{path}.{name}", item
-            for name in _slot_names(type(value)):
-                if hasattr(value, name):
-                    yield f"{path}.{name}", getattr(value, name)
-            if isinstance(call := vars(type(value)).get("__call__"), types.FunctionType):
-                self._use(call, type(value))
-                yield path, call
+            frame = value.gi_frame
+            self._note(path, (frame is None, frame and frame.f_lasti))
+            return [] if frame is None else self._attributes(path, frame.f_locals)
+        elif hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools"):
+            return [(f"{path} (iterator)", _reduced(value))]
+        else:
+            return self._object(path, value)
+        return []
 
-    def _use(self, method: Any, owner: type) -> None:
-        if isinstance(method, types.FunctionType) and method.__code__ not in self._host_codes:
-            self.used |= _names_by_methods(method.__code__, owner, self._host_codes)
+    def _object(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        kind = type(value)
+        if kind.__module__.startswith("tpuspec.") and not dataclasses.is_dataclass(kind):
+            return  # of the runtime
+        names = None if _is_library(kind.__module__) else self._names
+        held = getattr(value, "__dict__", None)
+        yield from self._attributes(path, held if type(held) is dict else {}, names=names)
+        for name in _slot_names(kind):
+            if (names is None or name in names) and hasattr(value, name):
+                yield f"{path}.{name}", getattr(value, name)
+        if isinstance(value, dict | list):  # a subclass with ways of its own
+            size = dict.__len__(value) if isinstance(value, dict) else list.__len__(value)
+            self._note(f"number of items in {path}", size)
+        if not _is_library(kind.__module__):
+            yield f"{path}'s class", kind
 
-    def _items(self, path: str, container: Any, items: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
-        self.snapshot[f"number of items in {path}"] = len(container)
-        for key, item in [*items[:_MAX_ITEMS // 2], *items[_MAX_ITEMS // 2:][-_MAX_ITEMS // 2:]]:
-            yield f"{path}[{key!r}]", item
+    def _attributes(self, path: str, values: Mapping[str, Any], *, names: frozenset[str] | None = None,
+                    without: frozenset[str] = frozenset(), used_only: bool = False) -> Iterator[tuple[str, Any]]:
+        wanted = self._used() if used_only else names
+        for name, item in list(values.items()):
+            if name not in without and (wanted is None or name in wanted):
+                yield f"{path}.{name}" if path else name, item
+
+    def _used(self) -> frozenset[str]:
+        return _names_of_codes(self._codes.keys())
+
+    def _class(self, path: str, kind: type) -> Iterator[tuple[str, Any]]:
+        if _is_library(kind.__module__):
+            self._note(path, _Opaque(id(kind), kind.__name__))
+            return
+        for base in kind.__mro__:
+            if not _is_library(base.__module__):
+                for name, item in self._attributes(f"{base.__qualname__}", vars(base), used_only=True):
+                    # A method that was put in place of another.
+                    found = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
+                    if not isinstance(found, types.FunctionType) or found.__code__ in self._codes:
+                        yield name, found
+
+    def _items(self, path: str, container: Any) -> Iterator[tuple[str, Any]]:
+        size = len(container)
+        self._note(f"number of items in {path}", size)
+        items = container.items() if isinstance(container, Mapping) else enumerate(container)
+        if size <= _MAX_ITEMS:
+            for key, item in list(items):
+                yield f"{path}[{key!r}]" if isinstance(key, str | int) else f"{path}[{type(key).__name__}]", item
+        elif isinstance(container, Mapping):
+            for key, item in itertools.islice(items, _MAX_ITEMS // 2):
+                yield f"{path}[{key!r}]" if isinstance(key, str | int) else f"{path}[{type(key).__name__}]", item
+        else:
+            for place in (*range(_MAX_ITEMS // 2), *range(size - _MAX_ITEMS // 2, size)):
+                yield f"{path}[{place}]", container[place]
 
     def _function(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        if _is_library(function):
-            return
         code = function.__code__
-        if code in self._host_codes:
+        name = function.__qualname__
+        self._note(f"the function {path}", _Opaque(code, name))
+        if is_library_file(code.co_filename) and code not in self._codes:
             return
-        global_names, closed_names = _names_of(code, self._host_codes)
-        self.used |= global_names
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        for key, value in vars(function).items():
+            if key != "__wrapped__":
+                yield f"{name}.{key}", value
+        if isinstance(wrapped := vars(function).get("__wrapped__"), types.FunctionType):
+            yield name, wrapped
+        if code not in self._codes and path:
+            return  # named, but not run: by another function alone
+        self.seen.add(id(code))
+        names = _names_of(code)
+        for free, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
-                if name in closed_names:
-                    yield name, cell.cell_contents
+                yield f"{free} of {name}", cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
-        for name, value in (function.__kwdefaults__ or {}).items():
-            yield f"default {name}", value
+        for key, value in (function.__kwdefaults__ or {}).items():
+            yield f"default {key} of {name}", value
         for i, value in enumerate(function.__defaults__ or ()):
-            yield f"default {i} of {function.__qualname__}", value
-        for name in sorted(global_names):
-            if name in function.__globals__ and not hasattr(builtins, name):
-                value = function.__globals__[name]
-                if not isinstance(value, types.ModuleType | type):
-                    yield name, value
+            yield f"default {i} of {name}", value
+        for key in names:
+            place = (id(function.__globals__), key)
+            if key in function.__globals__ and not hasattr(builtins, key) and place not in self._globals:
+                self._globals.add(place)
+                yield key, function.__globals__[key]
 
     def _module(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        for name, value in list(vars(module).items()):
-            if name not in _MODULE_INTERNALS and (
-                    not name.startswith("_") or isinstance(value, (*_SIMPLE, list, dict))):
-                yield f"{path}.{name}", value
+        self._note(f"the class of {path}", _Opaque(type(module), type(module).__name__))
+        for name, value in self._attributes(path, vars(module), without=_MODULE_INTERNALS):
+            if not isinstance(value, Tensor) or value.device.type == "cpu":  # else it is state: a slot
+                yield name, value
         for name, child in module._modules.items():
             if child is not None:
                 yield f"{path}.{name}", child
+        if not _is_library(type(module).__module__):
+            yield f"{path}'s class", type(module)
 
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+def _array(array: np.ndarray) -> _Opaque:
+    told = f"array {list(array.shape)}"
+    if array.dtype.hasobject:
+        return _Opaque(id(array), told)
+    if array.nbytes <= _MAX_BYTES_READ:
+        return _digest(array.tobytes(), told)
+    sample = array.flat[::max(1, array.size // 1024)]
+    return _Opaque((id(array), array.shape, hashlib.blake2b(sample.tobytes(), digest_size=8).digest()), told)
 
 
-@functools.lru_cache(maxsize=1024)
-def _names_of(code: types.CodeType, without: frozenset[types.CodeType]) -> tuple[set[str], set[str]]:
-    """Returns the global names, and the names of closures, that a code uses itself or in functions inside it."""
-    global_names = set(code.co_names)
-    closed_names = {str(item.argval) for item in dis.get_instructions(code) if item.opname.endswith("_DEREF")}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType) and constant not in without:
-            inner_global, inner_closed = _names_of(constant, without)
-            global_names |= inner_global
-            closed_names |= inner_closed
-    return global_names, closed_names
+def _reduced(iterator: Any) -> Any:
+    """Returns what an iterator of Python's own would be made again from: what is left, and where it stands."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return iterator.__reduce__()[1:]
+        except (TypeError, AttributeError):
+            return repr(iterator)
 
 
-@functools.lru_cache(maxsize=1024)
-def _names_of_class(kind: type) -> frozenset[str]:
-    """Returns the names that the methods of a module's class use."""
-    functions = [value for base in kind.__mro__ if base not in (nn.Module, object) for value in vars(base).values()
-                 if isinstance(value, types.FunctionType) and value.__name__ not in ("__init__", "extra_repr")]
-    return frozenset().union(*(_names_of(function.__code__, frozenset())[0] for function in functions))
+@functools.lru_cache(maxsize=4096)
+def _names_of(code: types.CodeType) -> tuple[str, ...]:
+    """Returns the global names that a code reads or writes itself."""
+    return tuple(sorted({str(item.argval) for item in dis.get_instructions(code)
+                         if item.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME", "DELETE_GLOBAL")}))
 
 
-@functools.lru_cache(maxsize=1024)
-def _names_by_methods(code: types.CodeType, owner: type, without: frozenset[types.CodeType]) -> frozenset[str]:
-    """Returns the names that a method uses, also in the methods of its class that it calls, and in its properties."""
+def _names_of_codes(codes: Iterable[types.CodeType]) -> frozenset[str]:
+    return _names_of_all(frozenset(codes))
+
+
+@functools.lru_cache(maxsize=64)
+def _names_of_all(codes: frozenset[types.CodeType]) -> frozenset[str]:
+    """Returns every name that codes may read an attribute by, text constants for getattr among them."""
     names: set[str] = set()
-    codes, seen = [code], {code}
-    while codes:
-        code = codes.pop()
-        names |= _names_of(code, without)[0]
-        for name, is_called in _attributes_of(code, without):
-            found = inspect.getattr_static(owner, name, None)
-            if isinstance(found, property):
-                found = found.fget
-            elif not is_called:  # it may be a host function of another mode
-                continue
-            found = getattr(found, "__func__", found)
-            if isinstance(found, types.FunctionType) and found.__code__ not in seen | without:
-                seen.add(found.__code__)
-                codes.append(found.__code__)
+    for code in codes:
+        names.update(code.co_names)
+        names.update(item for item in code.co_consts if isinstance(item, str) and item.isidentifier())
     return frozenset(names)
 
 
-def _attributes_of(code: types.CodeType, without: frozenset[types.CodeType]) -> Iterator[tuple[str, bool]]:
-    """Yields the names of attributes that a code reads itself or in functions inside it, and whether it calls them."""
-    for item in dis.get_instructions(code):
-        if item.opname == "LOAD_METHOD":  # up to Python 3.11
-            yield item.argval, True
-        elif item.opname == "LOAD_ATTR":
-            yield item.argval, sys.version_info >= (3, 12) and bool((item.arg or 0) & 1)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType) and constant not in without:
-            yield from _attributes_of(constant, without)
+@functools.lru_cache(maxsize=4096)
+def _is_library(module: str | None) -> bool:
+    if not isinstance(module, str):
+        return False
+    top = module.split(".")[0]
+    return (module.startswith("tpuspec.") and not module.startswith("tpuspec.testing")) or top in _LIBRARY_MODULES
 
 
-def _is_library(value: Any) -> bool:
-    module = getattr(value, "__module__", None) or ""
-    return module == "builtins" or module.split(".")[0] in _STANDARD or module.startswith(_LIBRARIES)
+_LIBRARY_MODULES = frozenset({"builtins", "torch", "torch_xla", "torchmetrics", "numpy", "tensorboard", "hydra",
+                              "collections", "functools", "itertools", "io", "os", "pathlib", "logging", "threading",
+                              "queue", "re", "contextlib", "weakref", "abc", "typing", "enum", "unittest", "_pytest",
+                              "_thread", "_io", "datetime", "inspect", "dataclasses"})
 
 
-_STANDARD = frozenset({"collections", "functools", "itertools", "io", "os", "pathlib", "logging", "threading", "queue",
-                       "re", "contextlib", "weakref", "abc", "typing", "enum", "unittest", "_pytest"})
-
-
-def _slot_names(kind: type) -> list[str]:
-    return [name for base in kind.__mro__ for name in _as_tuple(getattr(base, "__slots__", ()))
-            if not name.startswith("__")]
+@functools.lru_cache(maxsize=1024)
+def _slot_names(kind: type) -> tuple[str, ...]:
+    return tuple(name for base in kind.__mro__ for name in _as_tuple(vars(base).get("__slots__", ()))
+                 if not name.startswith("__"))
 
 
 def _as_tuple(names: Any) -> tuple[str, ...]:

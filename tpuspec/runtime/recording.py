@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import gc
 import itertools
 import math
@@ -11,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.optimizer_places import read_numbers
-from tpuspec.runtime.python_state import HostCode, changed, is_random_state, memory_of
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
+from tpuspec.runtime.python_state import Memory, changed
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, module_tensors, read_slots
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
@@ -63,6 +64,8 @@ class Recording:
       slots: the state's tensors after the step.
       notes: why this step could not be replayed, one line each.
       is_doubtful: whether the only reason may be the doing of another thread.
+      is_watched: whether the step's Python code was watched.
+      has_read: whether it reads the device.
       graph: hash of the compiled graph.
     """
 
@@ -82,6 +85,8 @@ class Recording:
     slots: dict[Slot, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     is_doubtful: bool = False
+    is_watched: bool = False
+    has_read: bool = False
     graph: bytes = b""
 
 
@@ -136,8 +141,23 @@ def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
         seen.add(handle)
 
 
+class Watch(enum.Enum):
+    """How closely a trace is watched.
+
+    Attributes:
+      nothing: it only runs.
+      device: for reads of the device.
+      all: for what its Python code remembers, too: this traces slower.
+    """
+
+    nothing = 0
+    device = 1
+    all = 2
+
+
 def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
-           numbers: OptimizerNumbers, host_code: HostCode, watch: bool, num_steps: int = 1) -> Recording:
+           numbers: OptimizerNumbers, memory: Memory, watch: Watch, locate: bool = False, num_steps: int = 1,
+           ) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
     Args:
@@ -147,8 +167,9 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       micro_step: of the batch within an update.
       before: the replica's state.
       numbers: of the optimizers.
-      host_code: of the host functions; this step's are added.
-      watch: whether to look for what could not be replayed.
+      memory: of the step's Python code.
+      watch: what to look for that could not be replayed.
+      locate: whether to find out where it reads the device.
       num_steps: training steps that `step` makes, each with a seed of its own.
     """
     device = str(replica.device)
@@ -158,34 +179,47 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
     sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
     mark = USER_THREADS.mark()
-    memory = memory_of(step, replica, host_code) if watch else {}
-    reads = HostReads() if watch else None
+    is_watched = watch is Watch.all
+    remembered = memory.all() if is_watched else {}
+    reads = HostReads(locate=locate)
     try:
-        with reads or contextlib.nullcontext(), numbers.in_place(replica, watch=True) as of_step, (
-                graph.scalars_shared()):
+        with (reads if watch is not Watch.nothing else contextlib.nullcontext(),
+              numbers.in_place(replica, watch=True) as of_step, graph.scalars_shared(),
+              memory.watching() if is_watched else contextlib.nullcontext()):
             output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
     sources |= {handle: Source("number", i) for i, handle in enumerate(of_step.ops.handles)}
-    host_code.add([output.functions.metric_fn, output.functions.host_call])
     # One of the host's own becomes a constant of the graph.
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output.tensors)]
     # Without its tensors: those that are views would be pending again once published, and be found as left over.
     form = replace(output, tensors=rebuild(output.tensors, itertools.repeat(torch.empty(0, device="meta"))))
+    if replica.model is not None:
+        _detach_kept(replica.model, replica.device)
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica), plan=of_step.plan(),
-                          leaves=of_step.values)
-    if watch:
-        if reads is not None and (note := reads.note()) is not None:
-            recording.notes.append(note)
-        if moved := changed(memory, memory_of(step, replica, host_code)) + of_step.notes():
-            recording.is_doubtful = (not recording.notes and all(map(is_random_state, moved))
-                                     and USER_THREADS.ran_since(mark))
+                          leaves=of_step.values, is_watched=is_watched)
+    if watch is not Watch.nothing and (note := reads.note()) is not None:
+        recording.notes.append(note)
+        recording.has_read = True
+    if is_watched:
+        if (outside := memory.outside()) is not None:
+            recording.notes.append(f"it reads {outside}, which a replayed step would not do again. Read it in "
+                                   "input_fn, a hook or host_call")
+        if moved := changed(remembered, memory.all()) + of_step.notes():
+            recording.is_doubtful = not recording.notes and USER_THREADS.ran_since(mark)
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
             recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
     _wire(recording, before, arguments, sources, [graph.seed_after(seed, i) for i in range(num_steps)], device,
-          watch=watch)
+          watch=watch is not Watch.nothing)
     return recording
+
+
+def _detach_kept(model: nn.Module, device: torch.device) -> None:
+    """Lets tensors that modules keep stand for themselves: not for a view, and without the graph of a loss."""
+    for module, _, name, tensor in list(module_tensors(model)):
+        if tensor.device == device and (tensor._is_view() or tensor.grad_fn is not None):
+            setattr(module, name, graph.computed(tensor))
 
 
 def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources: Mapping[int, Source],

@@ -1,4 +1,4 @@
-"""What a captured program depends on besides its inputs, read at loop boundaries: another value is another program."""
+"""What a program was captured with besides its inputs, to say what has changed when it is captured anew."""
 
 from __future__ import annotations
 
@@ -8,35 +8,28 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tpuspec.runtime.optimizer_places import is_number
-from tpuspec.runtime.python_state import HostCode, settings_of
 from tpuspec.runtime.slots import GRADIENT, read_slots
-from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.spec.backend import Replica
 
-Settings = tuple[tuple[str, str], ...]
-
-_TOLD = ("the state", "a module, or its train() or eval() mode,", "a hyper-parameter",
-         "a Python value that the step reads")
+_TOLD = ("the state", "a module, or its train() or eval() mode,", "a hyper-parameter")
 
 
 class Signature(NamedTuple):
-    """All that programs depend on.
+    """What programs depend on, by its parts.
 
     Attributes:
       state: name, shape, dtype and requires_grad of every tensor.
       modules: class and mode of every module.
       hyper_parameters: of the optimizers, but for numbers, which their plans follow.
-      settings: plain values that the step's code and its modules read.
     """
 
     state: tuple[Hashable, ...]
     modules: tuple[Hashable, ...]
     hyper_parameters: tuple[Hashable, ...]
-    settings: Settings
 
 
-def read_signature(step: StepFunction, replica: Replica, counters: tuple[Hashable, ...], host_code: HostCode,
-                   ) -> Signature:
-    """Reads the signature of a step on a replica, whose state must be readable; counters: which of them are equal."""
+def read_signature(replica: Replica) -> Signature:
+    """Reads the signature of a replica, whose state must be readable."""
     state = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
                   for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
     hyper_parameters = tuple(
@@ -45,13 +38,7 @@ def read_signature(step: StepFunction, replica: Replica, counters: tuple[Hashabl
         if key != "params" and not isinstance(value, Tensor) and not is_number(value))
     modules = () if replica.model is None else tuple(
         (type(module), module.training) for module in replica.model.modules())
-    return Signature(state + counters, modules, hyper_parameters, read_settings(step, replica, host_code))
-
-
-def read_settings(step: StepFunction, replica: Replica, host_code: HostCode) -> Settings:
-    """Reads the part of a signature that nothing may change between two steps of a loop."""
-    settings = settings_of(step, replica.model, host_code)
-    return tuple(sorted((path, repr(value)) for path, value in settings.items()))
+    return Signature(state, modules, hyper_parameters)
 
 
 def told_change(old: Signature, new: Signature) -> str | None:

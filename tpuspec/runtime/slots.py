@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpuspec.spec.backend import Replica
 
@@ -14,8 +14,8 @@ class Slot(NamedTuple):
     """A place of state.
 
     Attributes:
-      kind: 'parameter', 'gradient', 'buffer', 'optimizer', 'hyper-parameter' or 'step'.
-      name: of the parameter or buffer; of the optimizer ('' for a single one) for its state.
+      kind: 'parameter', 'gradient', 'buffer', 'attribute', 'optimizer', 'hyper-parameter' or 'step'.
+      name: of the parameter, buffer or module's attribute; of the optimizer ('' for a single one) for its state.
       place: number of the parameter in an optimizer, or of the group; 0 elsewhere.
       key: name of the optimizer's state or hyper-parameter.
     """
@@ -31,6 +31,16 @@ class Slot(NamedTuple):
 
 
 GRADIENT = "gradient"
+ATTRIBUTE = "attribute"
+"""A tensor that a module keeps beside its buffers, as an auxiliary loss."""
+
+
+def module_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Yields the tensors that modules keep as plain attributes: module, its path, name of the attribute, tensor."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield module, path, name, value
 
 
 def read_slots(replica: Replica) -> dict[Slot, Tensor]:
@@ -52,6 +62,8 @@ def _named(replica: Replica) -> Iterator[tuple[Slot, Tensor]]:
                 yield Slot(GRADIENT, name), parameter.grad
         for name, buffer in replica.model.named_buffers():
             yield Slot("buffer", name), buffer
+        for _, path, name, value in module_tensors(replica.model):
+            yield Slot(ATTRIBUTE, f"{path}.{name}" if path else name), value
     for name, optimizer in replica.optimizers.items():
         index = 0
         for number, group in enumerate(optimizer.param_groups):

@@ -27,7 +27,6 @@ from tpuspec.runtime.environment import KEEP_BARRIERS
 from tpuspec.runtime.optimizer_numbers import NumbersOfSteps, OptimizerNumbers
 from tpuspec.runtime.placement import module_as_before, move_module
 from tpuspec.runtime.pod import Pod
-from tpuspec.runtime.python_state import HostCode
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.sent_batch import SentBatch
 from tpuspec.runtime.several_steps import SeveralSteps, StepsInOne
@@ -70,7 +69,6 @@ class XlaReplicas:
         self._capture, self._audit_every = capture, audit_every_steps
         self._groups = groups
         self._newest: CapturedStep | SeveralSteps | None = None
-        self._host_code = HostCode()
         self._pod = pod
         self.coordinator: Coordinator = Alone() if pod is None else pod.coordinator
         self.topology = topology
@@ -182,7 +180,6 @@ class XlaReplicas:
             step = StackedStep(step=step, gather=self.gather, num_replicas=self.topology.num_replicas)
         captured = CapturedStep(
             step, replicas, mode=self._capture, audit_every=self._audit_every, enter=self._in_step, name="the step",
-            host_code=self._host_code,
             fallback=TracedStep(step=step, replica=replicas[0], enter=self._in_step,
                                 numbers=OptimizerNumbers(replicas)) if alone else None)
         if self._pod is not None:
@@ -192,7 +189,7 @@ class XlaReplicas:
         numbers = NumbersOfSteps(replicas)
         together = CapturedStep(
             StepsInOne(step=step, numbers=numbers), replicas, mode=self._capture, audit_every=self._audit_every,
-            enter=self._in_step, name=f"a program of {num_at_once} steps", host_code=self._host_code, numbers=numbers,
+            enter=self._in_step, name=f"a program of {num_at_once} steps", numbers=numbers,
             num_steps=num_at_once)
         return NewestStep(self, SeveralSteps(captured, together, numbers, num_at_once))
 

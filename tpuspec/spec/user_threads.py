@@ -1,4 +1,4 @@
-"""The user's code on other threads than the loop's: it may draw from the process's random state at any time."""
+"""The user's code beside the step: on other threads at any time, and on the loop's own thread at its boundaries."""
 
 from __future__ import annotations
 
@@ -39,3 +39,28 @@ class UserThreads:
 
 USER_THREADS = UserThreads()
 """Those of this process: there is one random state for all."""
+
+
+class UserCode:
+    """Counts the moments at which user code ran on the loop's thread, where it may have changed what a step reads.
+
+    Attributes:
+      num_runs: hooks, listeners, and whatever ran between two calls of a Trainer.
+    """
+
+    def __init__(self) -> None:
+        self.num_runs = 0
+
+    def ran(self) -> None:
+        """Counts one."""
+        self.num_runs += 1
+
+
+USER_CODE = UserCode()
+"""That of this process: any of it may reach any step."""
+
+
+def is_users(code_owner: object) -> bool:
+    """Whether the class of an object, a hook say, is the user's and not of this package."""
+    module = type(code_owner).__module__
+    return not module.startswith("tpuspec.") or module.startswith("tpuspec.testing")
