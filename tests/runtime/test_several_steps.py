@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,10 +217,14 @@ def test_hooks_run_between_loops_and_summaries_have_every_step(sizes, tmp_path):
 
 
 def test_a_program_that_changed_is_found_by_an_audit(sizes, tmp_path):
-    with changing_behind(24) as (model_fn, change), pytest.raises(
+    def input_fn(params):
+        for number, batch in enumerate(batches(rows)(params)):
+            sys.modules["sly"].scale = 2.0 if number >= 40 else 1.0
+            yield batch
+
+    with changing_behind(1000) as (model_fn, _), pytest.raises(
             CaptureError, match="a program of 4 steps is no longer what was captured"):
-        run("auto", model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, loop=8, steps=80, steps_per_execution=4,
-            hooks=[change])
+        run("auto", model_fn, nn.Linear(4, 3), sgd, input_fn, tmp_path, loop=160, steps=160, steps_per_execution=4)
     assert 4 in sizes
 
 

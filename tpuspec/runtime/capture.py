@@ -198,7 +198,7 @@ class CapturedStep:
           CaptureError: the input or a host function has changed one.
         """
         settings = self._memory.settings()
-        if moved := changed(self._settings, settings):
+        if moved := changed(self._settings or {}, settings):
             self._settings = settings
             raise CaptureError(
                 f"{self._name}: a Python value that the step reads changed, {moved[0]}, between two steps of a loop, "

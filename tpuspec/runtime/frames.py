@@ -118,7 +118,7 @@ class Frames:
     def _keep_arguments(self, code: types.CodeType, frame: types.FrameType) -> None:
         values = frame.f_locals
         num = code.co_argcount + code.co_kwonlyargcount
-        for name in (*code.co_varnames[:num], *code.co_freevars):
+        for name in code.co_varnames[:num]:
             value = values.get(name)
             if value is None or isinstance(value, (Tensor, *_PLAIN)):
                 continue

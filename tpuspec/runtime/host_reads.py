@@ -52,7 +52,8 @@ class HostReads:
         read_at, host_op = (self._places.read_at, self._places.host_op) if self._places is not None else (None, None)
         op, place = host_op or (self._new, None)
         if op is None or (read_at is not None and op not in _SHAPED_BY_VALUES):
-            if not self._has_read:
+            # Another thread's, where the mode that sees all calls of this one saw none.
+            if not self._has_read or (self._places is not None and read_at is None):
                 return None
             return (f"it reads a value from the device at {read_at or 'some place'}: .item(), .cpu(), print and `if` "
                     "on a tensor wait for the device. Return the tensor in host_call instead")

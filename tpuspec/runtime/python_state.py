@@ -75,7 +75,7 @@ class Memory:
 
     def settings(self) -> Snapshot:
         """Returns what may not change between two steps of a loop, where nothing looks."""
-        return self._walk()
+        return self._walk(with_filled=False)
 
     def all(self) -> Snapshot:
         """Returns all that the step could change: its settings, the optimizers' numbers, random state."""
@@ -85,10 +85,11 @@ class Memory:
         snapshot[_RANDOM[2]] = _digest(torch.get_rng_state().numpy().tobytes())
         return snapshot
 
-    def _walk(self) -> Snapshot:
+    def _walk(self, *, with_filled: bool = True) -> Snapshot:
         codes = self._frames.codes
         used = _names_of_codes(codes.keys())
-        walk = _Walk(codes, None if used & _WHOLE else used)
+        walk = _Walk(codes, None if used & _WHOLE else used,
+                     frozenset() if with_filled else _handed_on(frozenset(codes)))
         walk.visit("", self._step, 0)
         for path, value in self._frames.objects():
             walk.visit(path, value, 1)
@@ -111,9 +112,9 @@ class Memory:
         missing = [code for code in codes if id(code) not in seen and code not in self._functions
                    and (code.co_freevars or code.co_names)]
         if missing:
-            wanted = set(missing)
-            for function in gc.get_objects():
-                if type(function) is types.FunctionType and function.__code__ in wanted:
+            # Not gc.get_objects, with which a thread that just makes a tuple would fail.
+            for function in gc.get_referrers(*missing):
+                if type(function) is types.FunctionType:
                     self._functions[function.__code__] = weakref.ref(function)
         for code, reference in self._functions.items():
             if id(code) not in seen and (function := reference()) is not None:
@@ -124,11 +125,6 @@ def changed(before: Snapshot, after: Snapshot) -> list[str]:
     """Names what differs between two snapshots, old and new, as far as both have it."""
     return [f"{path} ({_short(before[path])} -> {_short(after[path])})"
             for path in after if path in before and before[path] != after[path]]
-
-
-def is_random_state(change: str) -> bool:
-    """Whether a line of `changed` is of the process's random state, which all its threads share."""
-    return change.startswith(_RANDOM)
 
 
 def _optimizer_numbers(replica: Replica) -> Snapshot:
@@ -182,16 +178,18 @@ class _Walk:
     Args:
       codes: of functions that ran, with their globals; the insides of other functions are passed over.
       names: of attributes of the user's objects that are visited; None for all.
+      handed_on: names of globals and closures that are passed over.
 
     Attributes:
       snapshot: what was found.
       seen: ids of what was visited, code objects of functions among them.
     """
 
-    def __init__(self, codes: Mapping[types.CodeType, dict[str, Any]], names: frozenset[str] | None) -> None:
+    def __init__(self, codes: Mapping[types.CodeType, dict[str, Any]], names: frozenset[str] | None,
+                 handed_on: frozenset[str]) -> None:
         self.snapshot: Snapshot = {}
         self.seen: set[int] = set()
-        self._codes, self._names = codes, names
+        self._codes, self._names, self._handed_on = codes, names, handed_on
         self._globals: set[tuple[int, str]] = set()
 
     def visit(self, path: str, value: Any, depth: int) -> None:
@@ -335,6 +333,8 @@ class _Walk:
         self.seen.add(id(code))
         names = _names_of(code)
         for free, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if free not in names or (free in self._handed_on):
+                continue  # of a function inside, which is looked at if it ran
             try:
                 yield f"{free} of {name}", cell.cell_contents
             except ValueError:  # not assigned yet
@@ -345,7 +345,8 @@ class _Walk:
             yield f"default {i} of {name}", value
         for key in names:
             place = (id(function.__globals__), key)
-            if key in function.__globals__ and not hasattr(builtins, key) and place not in self._globals:
+            if (key in function.__globals__ and not hasattr(builtins, key) and place not in self._globals
+                    and key not in self._handed_on):
                 self._globals.add(place)
                 yield key, function.__globals__[key]
 
@@ -383,9 +384,32 @@ def _reduced(iterator: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _names_of(code: types.CodeType) -> tuple[str, ...]:
-    """Returns the global names that a code reads or writes itself."""
-    return tuple(sorted({str(item.argval) for item in dis.get_instructions(code)
-                         if item.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME", "DELETE_GLOBAL")}))
+    """Returns the names of globals and closures that a code reads or writes itself."""
+    return tuple(sorted({str(item.argval) for item in dis.get_instructions(code) if item.opname in _READ | _WRITTEN}))
+
+
+_READ = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF",
+                   "LOAD_FROM_DICT_OR_GLOBALS"})
+_WRITTEN = frozenset({"STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF"})
+_FILLS = frozenset({"append", "extend", "add", "update", "appendleft", "put"})
+
+
+@functools.lru_cache(maxsize=64)
+def _handed_on(codes: frozenset[types.CodeType]) -> frozenset[str]:
+    """Returns the names that codes read for nothing but a method that fills them, as in host_call=(losses.append, ...).
+
+    What is in them is no concern of the step, unless it fills them itself.
+    """
+    filled: set[str] = set()
+    read: set[str] = set()
+    for code in codes:
+        instructions = list(dis.get_instructions(code))
+        for item, following in zip(instructions, [*instructions[1:], None], strict=True):
+            if item.opname in _READ | _WRITTEN:
+                fills = (following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                         and following.argval in _FILLS)
+                (filled if fills and item.opname in _READ else read).add(str(item.argval))
+    return frozenset(filled - read)
 
 
 def _names_of_codes(codes: Iterable[types.CodeType]) -> frozenset[str]:
