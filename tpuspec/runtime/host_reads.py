@@ -43,17 +43,16 @@ class HostReads:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
         self._has_read = graph.num_reads() != self._num_reads
         self._new = _new_op(self._ops)
+        self._stack.close()
 
     def note(self) -> str | None:
         """Says why the trace could not be replayed; None where it stayed on the device."""
         read_at, host_op = (self._places.read_at, self._places.host_op) if self._places is not None else (None, None)
         op, place = host_op or (self._new, None)
         if op is None or (read_at is not None and op not in _SHAPED_BY_VALUES):
-            # Another thread's, where the mode that sees all calls of this one saw none.
-            if not self._has_read or (self._places is not None and read_at is None):
+            if not self._has_read:
                 return None
             return (f"it reads a value from the device at {read_at or 'some place'}: .item(), .cpu(), print and `if` "
                     "on a tensor wait for the device. Return the tensor in host_call instead")
