@@ -213,6 +213,25 @@ def test_a_train_op_that_steps_without_reducing_is_refused_before_anything_runs(
             assert torch.equal(tensor, net().state_dict()[name])
 
 
+@pytest.mark.parametrize("where", ["train_op", "model_fn"])
+def test_an_optimizer_that_the_trainer_does_not_know_is_refused_too(where, tmp_path):
+    def stepping_another(features, labels, mode, params, model, optimizer):
+        loss = F.cross_entropy(model(features), labels)
+        own = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def train_op():
+            loss.backward()
+            own.step()
+
+        if where == "model_fn":
+            train_op()
+            return TPUEstimatorSpec(mode, loss=loss, train_op=lambda: None)
+        return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+    with pytest.raises(ValueError, match="CrossShardOptimizer must be used.*SGD.step itself"):
+        make(2, tmp_path, model_fn=stepping_another).train(input_fn, steps=5)
+
+
 def test_reading_a_value_after_the_reduction_is_an_error_not_a_hang(tmp_path):
     def reading(features, labels, mode, params, model, optimizer):
         loss = model(features).square().mean()

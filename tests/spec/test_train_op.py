@@ -231,7 +231,7 @@ def test_steps_that_reduce_pass_and_others_are_refused_until_the_block_ends():
     weight, _ = weight_with_gradient(1.0)
     weight.grad = torch.ones(1)
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    with only_reduced_steps([optimizer]):
+    with only_reduced_steps():
         CrossShardOptimizer(optimizer).step()
         with pytest.raises(SpecError, match=r"must be used for model training.*train_op calls SGD\.step itself"):
             optimizer.step()

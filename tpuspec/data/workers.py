@@ -15,8 +15,9 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 from torch._utils import ExceptionWrapper
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils import worker as torch_worker
 
 from tpuspec.errors import InputError
 
@@ -110,6 +111,41 @@ def _start_worker(own_init: Callable[[int], None] | None, worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[method-assign]
     if own_init is not None:
         own_init(worker)
+    else:
+        _check_sharing()
+
+
+class _Watched:
+    """What a dataset asks torch for to take its share of the rows; notes whether it did."""
+
+    def __init__(self, info: Any) -> None:
+        self._info, self.was_asked = info, False
+
+    def __getattr__(self, name: str) -> Any:
+        self.was_asked = True
+        return getattr(self._info, name)
+
+
+def _check_sharing() -> None:
+    """Lets an IterableDataset raise at its first row where it gives every worker the same rows."""
+    info = get_worker_info()
+    if info is None or info.num_workers == 1 or not isinstance(info.dataset, IterableDataset):
+        return
+    kind, watched = type(info.dataset), _Watched(info)
+    torch_worker._worker_info = watched  # type: ignore[assignment]  # that get_worker_info returns
+    rows_of = kind.__iter__
+
+    def checked(dataset: Any) -> Iterator[Any]:
+        for row in rows_of(dataset):
+            if not watched.was_asked:
+                raise InputError(
+                    f"each of {info.num_workers} DataLoader workers reads all rows of {kind.__name__}, so every row "
+                    f"would come {info.num_workers} times. Take a share of them in __iter__, by "
+                    "torch.utils.data.get_worker_info(), or set num_workers=1. Where each worker is to draw rows of "
+                    "its own, as random ones, say so by a worker_init_fn, which may do nothing.")
+            yield row
+
+    kind.__iter__ = checked  # type: ignore[method-assign]  # of this process
 
 
 def _end_worker(error: BaseException, sent: tuple[int, object]) -> None:

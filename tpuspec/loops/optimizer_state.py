@@ -1,4 +1,8 @@
-"""An optimizer's state in a checkpoint: checked before it is loaded; hyper-parameters are those of this run."""
+"""An optimizer's state in a checkpoint: checked before it is loaded.
+
+Hyper-parameters are those that this run asks for, where it asks for others than the saved run did. Else they are the
+saved ones: a hook may have changed them.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,18 @@ from tpuspec.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_CLASS = "class"
+_CLASS, _ASKED = "class", "asked"
 
 
-def read_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Returns the state dict with the name of the optimizer's class."""
-    return {_CLASS: type(optimizer).__name__, **optimizer.state_dict()}
+def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Returns the hyper-parameters of each group as they are now; those that are tensors are left out."""
+    return [{key: value for key, value in group.items() if key != "params" and not isinstance(value, torch.Tensor)}
+            for group in optimizer.param_groups]
+
+
+def read_optimizer(optimizer: torch.optim.Optimizer, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the state dict with the name of the optimizer's class, and the hyper-parameters that it was made with."""
+    return {_CLASS: type(optimizer).__name__, _ASKED: asked, **optimizer.state_dict()}
 
 
 def check_optimizer_state(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -37,26 +47,38 @@ def check_optimizer_state(name: str, optimizer: torch.optim.Optimizer, saved: Ma
                               "mismatch.")
 
 
-def load_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *, tell: bool) -> None:
-    """Loads the state of the parameters; hyper-parameters stay as the run asks for them.
+def load_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *,
+                   asked: list[dict[str, Any]], is_scheduled: bool, tell: bool) -> None:
+    """Loads the state of the parameters, and the hyper-parameters that this run does not ask to be others.
 
     Args:
       name: of the optimizer; '' for a single one.
       optimizer: to load into.
       saved: what read_optimizer returned.
+      asked: hyper-parameters that the optimizer was made with in this run.
+      is_scheduled: whether a schedule sets them; it has done so for this step.
       tell: whether to warn of hyper-parameters that differ from the checkpoint's.
     """
     groups = []
-    for i, (asked, kept) in enumerate(zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)):
-        for key, value in asked.items():
-            if tell and key != "params" and key in kept and not _same(value, kept[key]):
+    before = saved.get(_ASKED, [])
+    for i, (now, kept) in enumerate(zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)):
+        was_asked = before[i] if i < len(before) else {}
+        group = {**kept, **now, "params": kept["params"]}
+        for key, value in now.items():
+            if key == "params" or key not in kept or _same(value, kept[key]):
+                continue
+            if not is_scheduled and key in was_asked and key in asked[i] and _same(was_asked[key], asked[i][key]):
+                group[key] = kept[key]
+            elif tell:
                 logger.warning("optimizer%s, group %d: %s is %s as this run asks; the checkpoint had %s.",
                                f" {name!r}" if name else "", i, key, value, kept[key])
-        groups.append({**kept, **asked, "params": kept["params"]})
+        groups.append(group)
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return list(a) == list(b)
     return bool(a == b)

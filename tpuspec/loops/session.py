@@ -20,8 +20,14 @@ from tpuspec.checkpoint.state import TrainingState
 from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
-from tpuspec.loops.optimizer_state import check_optimizer_state, load_optimizer, read_optimizer
+from tpuspec.loops.optimizer_state import (
+    check_optimizer_state,
+    hyper_parameters,
+    load_optimizer,
+    read_optimizer,
+)
 from tpuspec.loops.random_state import collect_positions
+from tpuspec.loops.shared_memory import check_memory
 from tpuspec.precision import Precision, cast_module
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
@@ -115,9 +121,13 @@ class Session:
         self._source = source
         self._compiled: dict[ModeKeys, CompiledStep] = {}
         self._num_lent = 0
+        self._asked: dict[str, list[dict[str, Any]]] = {}
         self._schedules: LearningRateSchedules | None = None
         backend.seed(seed)
         module = source.build_model()
+        if module is not None and (backend.static_shapes or precision is not None):
+            check_memory(module)
+        self._frozen = _frozen_modules(module)
         self.replicas: list[Replica] = backend.place(None if module is None else cast_module(module, precision))
 
     @property
@@ -138,6 +148,7 @@ class Session:
         for replica in self.replicas:
             if not replica.optimizers:
                 replica.optimizers = self._source.build_optimizers(replica.model)
+                self._asked = {name: hyper_parameters(optimizer) for name, optimizer in replica.optimizers.items()}
         if self._schedules is None and self._source.scheduler is not None:
             self._schedules = LearningRateSchedules(
                 self._source.scheduler, self.replicas[0].optimizers, self._source.params)
@@ -193,10 +204,13 @@ class Session:
                               "its own weights and mode. Read the generator to its end, or close() it.")
 
     def set_training(self, training: bool) -> None:
-        """Puts the modules into train() or eval() mode."""
+        """Puts the modules into train() or eval() mode; parts that the model function put into eval() stay there."""
         for replica in self.replicas:
             if replica.model is not None:
                 replica.model.train(training)
+                for name, part in replica.model.named_modules():
+                    if name in self._frozen:
+                        part.training = False
 
     @contextlib.contextmanager
     def evaluating(self, seed: int) -> Iterator[None]:
@@ -259,7 +273,8 @@ class Session:
 
     def training_state(self, scaffold: Scaffold, of_input: ProcessRandomState | None = None) -> TrainingState:
         """Reads everything that a later run goes on from; see read_random_state."""
-        optimizers = {name: read_optimizer(optimizer) for name, optimizer in self.replicas[0].optimizers.items()}
+        optimizers = {name: read_optimizer(optimizer, self._asked[name])
+                      for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
                              optimizers=_own(self.backend.fetch(optimizers), optimizers),
                              extra=collect_positions(self.backend, self.input_position, of_input))
@@ -300,7 +315,8 @@ class Session:
             self._schedules.move_to(state.global_step)
         for replica in self.replicas:
             for name, optimizer in replica.optimizers.items():
-                load_optimizer(name, optimizer, state.optimizers[name], tell=replica is self.replicas[0])
+                load_optimizer(name, optimizer, state.optimizers[name], asked=self._asked[name],
+                               is_scheduled=self._schedules is not None, tell=replica is self.replicas[0])
         self.set_global_step(state.global_step)
         self.input_position, self.random_state = state.extra.get("input"), state.extra.get("random")
 
@@ -310,6 +326,16 @@ class Session:
         for replica in self.replicas:
             with torch.no_grad():
                 replica.global_step.copy_(torch.tensor([step]))
+
+
+def _frozen_modules(module: nn.Module | None) -> frozenset[str]:
+    """Names the parts that are in eval() mode within a module in train() mode, as BatchNorms that are not to move.
+
+    A module that is wholly in eval() mode, as from_pretrained returns it, has none.
+    """
+    if module is None or not module.training:
+        return frozenset()
+    return frozenset(name for name, part in module.named_modules() if not part.training)
 
 
 def _tell_of_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

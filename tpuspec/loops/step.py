@@ -137,10 +137,11 @@ class TrainStep:
         Raises:
           SpecError: the optimizer is not the Trainer's, or nothing reduces over several replicas.
         """
-        spec = self.call(replica, batch)
-        self.call.check_tensors(spec)
-        assert spec.loss is not None, "checked by the spec in mode TRAIN"
-        is_update = self._run_train_op(spec, replica, micro_step)
+        with only_reduced_steps() if self.call.num_replicas > 1 else contextlib.nullcontext():
+            spec = self.call(replica, batch)
+            self.call.check_tensors(spec)
+            assert spec.loss is not None, "checked by the spec in mode TRAIN"
+            is_update = self._run_train_op(spec, replica, micro_step)
         if is_update:
             with torch.no_grad():
                 replica.global_step.add_(1)
@@ -150,10 +151,7 @@ class TrainStep:
     def _run_train_op(self, spec: Spec, replica: Replica, micro_step: int) -> bool:
         train_op = as_train_op(spec.train_op, spec.loss)  # type: ignore[arg-type]
         if not isinstance(train_op, TrainOp):
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(computing(self.call.config.precision, replica.device))  # it may compute more
-                if self.call.num_replicas > 1:
-                    stack.enter_context(only_reduced_steps(replica.optimizers.values()))
+            with computing(self.call.config.precision, replica.device):  # it may compute more
                 train_op()
             return True
         check_optimizer(train_op, replica, self.call.num_replicas)

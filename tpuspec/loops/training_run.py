@@ -79,7 +79,7 @@ class TrainingRun:
             writer=writer, progress=self.progress, step_kind=lambda: session.backend.step_kind,
             summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
             stop_on_nan=config.stop_on_nan)
-        context = HookContext(mode=ModeKeys.TRAIN, model=session.module)
+        context = HookContext(mode=ModeKeys.TRAIN, model=session.module, step=session.global_step)
         self.progress.start("train", last_step)
         try:
             # The steps of a program end at once.

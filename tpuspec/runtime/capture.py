@@ -132,7 +132,7 @@ class CapturedStep:
         self._num_traces = self._num_doubtful = self._num_captures = 0
         self._user_code = -1
         self._others: list[Any] = []
-        self._changes: list[_Told] = []
+        self._changes: dict[int, list[_Told]] = {}
         self._captured: list[_Told] = []
         self._in_flight = self._has_replayed = self._has_read = False
         self._written: set[int] = set()
@@ -321,7 +321,7 @@ class CapturedStep:
         program.num_replays = 0
         self._trusted[key] = program
         self._num_traces = 0
-        self._changes.clear()
+        self._changes.pop(key[0], None)
 
     def _consider(self, key: _Key, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
@@ -336,9 +336,10 @@ class CapturedStep:
             return
         signature = (read_signature(self._replicas[0]), self._settings, key[1])
         if previous is None:
-            self._changes.append(signature)
-            if len(self._changes) > _MAX_TRACES:
-                old, new = self._changes[-2:]
+            changes = self._changes.setdefault(key[0], [])
+            changes.append(signature)
+            if len(changes) > _MAX_TRACES:
+                old, new = changes[-2:]
                 self._give_up([_told_change(old, new) or "it is another one in each step"])
                 return
         self._traces[key] = newest

@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tpuspec
-
 _CLOCKS = frozenset(getattr(time, name) for name in (
     "time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
     "process_time_ns", "localtime", "gmtime", "ctime", "strftime"))
@@ -42,7 +40,7 @@ _MAX_OBJECTS = 5000
 @functools.lru_cache(maxsize=1)
 def _library_folders() -> tuple[str, ...]:
     site = Path(torch.__file__).parents[1]
-    return (*(f"{site / name}{os.sep}" for name in _LIBRARIES), f"{Path(tpuspec.__file__).parent}{os.sep}")
+    return (*(f"{site / name}{os.sep}" for name in _LIBRARIES), f"{Path(__file__).parents[1]}{os.sep}")
 
 
 def is_library_file(path: str) -> bool:

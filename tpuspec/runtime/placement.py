@@ -1,4 +1,4 @@
-"""A module on its device: moved there without untying what its parts share, and its buffers kept."""
+"""A module on its device: moved there without untying its parts, and with what hangs on its parameters."""
 
 from __future__ import annotations
 
@@ -12,16 +12,30 @@ from torch import nn
 def move_module(module: nn.Module, device: torch.device) -> nn.Module:
     """Moves a module in place; parameters and buffers that were one tensor stay one tensor.
 
-    `nn.Module.to` makes a new Parameter for each name on devices of another kind, which would untie tied weights.
+    `nn.Module.to` makes a new Parameter for each name on devices of another kind, which would untie tied weights, and
+    lose hooks and attributes of parameters.
     """
-    ties = _tied_names(module)
+    ties, before = _tied_names(module), dict(module.named_parameters())
     module.to(device)
+    for name, parameter in module.named_parameters():
+        _take_over(parameter, before[name])
     for kind, names in ties:
         first = _lookup(module, kind, names[0])
         for name in names[1:]:
             owner, _, leaf = name.rpartition(".")
             getattr(module.get_submodule(owner), kind)[leaf] = first
     return module
+
+
+def _take_over(parameter: nn.Parameter, before: nn.Parameter) -> None:
+    """Gives a parameter the hooks and attributes of the one that it was made of; handles still remove the hooks."""
+    if parameter is before:
+        return
+    vars(parameter).update(vars(before))
+    if before._backward_hooks:
+        parameter._backward_hooks = before._backward_hooks
+    if (hooks := getattr(before, "_post_accumulate_grad_hooks", None)) is not None:
+        parameter._post_accumulate_grad_hooks = hooks
 
 
 @contextlib.contextmanager

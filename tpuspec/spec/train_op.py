@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tpuspec.errors import ConfigError, ConfigTypeError, SpecError, SpecTypeError
 from tpuspec.precision import updating
@@ -41,23 +43,28 @@ def reduce_with(reducer: GradientReducer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_reduced_steps(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Refuses, within the block, a step of one of the optimizers that CrossShardOptimizer does not make.
+def only_reduced_steps() -> Iterator[None]:
+    """Refuses, within the block and on this thread, each optimizer's step that CrossShardOptimizer does not make.
+
+    That of an optimizer which the Trainer does not know too: the replicas would drift apart all the same.
 
     Raises:
       SpecError: an optimizer steps on the gradients of one replica, which would drift from the others.
     """
+    thread = threading.get_ident()
+
     def refuse_unreduced(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if not _is_reducing.get():
+        if not _is_reducing.get() and threading.get_ident() == thread:
             raise SpecError(
                 "CrossShardOptimizer must be used for model training on TPUs. train_op calls "
                 f"{type(optimizer).__name__}.step itself, on the gradients of one replica of several: call "
                 "CrossShardOptimizer(optimizer).step() there.")
 
-    with contextlib.ExitStack() as stack:
-        for optimizer in optimizers:
-            stack.callback(optimizer.register_step_pre_hook(refuse_unreduced).remove)
+    handle = register_optimizer_step_pre_hook(refuse_unreduced)
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 class CrossShardOptimizer:
