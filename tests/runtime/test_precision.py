@@ -38,6 +38,7 @@ def test_the_graph_has_the_dtypes_of_the_table_and_replays_with_the_bits_of_trac
     table = documented(precision)
     assert dtypes["matrix products and convolutions"] == table["matrix products and convolutions"]
     del table["gradients while they are summed over replicas"]
+    del table["optimizer's step count"]  # on the host
     assert {part: found for part, found in train_dtypes.items() if part in table} == table
     assert runs["off"][0] == runs["require"][0]
     assert len(runs["off"][0]) == 2 * NUM_STEPS

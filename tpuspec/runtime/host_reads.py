@@ -39,6 +39,7 @@ class HostReads:
         self._stack.enter_context(graph.nothing_fetched())
         self._ops, self._num_reads = graph.host_ops(), graph.num_reads()
         if self._places is not None:
+            self._places.begin()
             self._stack.enter_context(self._places)
         return self
 
@@ -71,8 +72,13 @@ class _Places(TorchFunctionMode):
         super().__init__()
         self.read_at: str | None = None
         self.host_op: tuple[str, str | None] | None = None
-        self._ops = graph.host_ops()
-        self._num_reads = graph.num_reads()
+        self._ops: dict[str, int] = {}
+        self._num_reads = 0
+
+    def begin(self) -> None:
+        """Counts from here on."""
+        self._ops, self._num_reads = graph.host_ops(), graph.num_reads()
+
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -93,7 +99,7 @@ def _user_place(frame: FrameType | None) -> str:
     """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "tpuspec.", "torch_xla.")):
+        if not module.startswith(("torch.", "tpuspec.", "torch_xla.", "contextlib")):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return "a place in torch"

@@ -15,9 +15,9 @@ def move_module(module: nn.Module, device: torch.device) -> nn.Module:
     `nn.Module.to` makes a new Parameter for each name on devices of another kind, which would untie tied weights, and
     lose hooks and attributes of parameters.
     """
-    ties, before = _tied_names(module), dict(module.named_parameters())
+    ties, before = _tied_names(module), dict(module.named_parameters(remove_duplicate=False))
     module.to(device)
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         _take_over(parameter, before[name])
     for kind, names in ties:
         first = _lookup(module, kind, names[0])
