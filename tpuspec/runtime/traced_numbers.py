@@ -139,12 +139,13 @@ class TracedFloat(float):
         return made
 
 
-class TracedInt(int):
-    """An int that knows its trace; all arithmetic is plain Python's."""
+class TracedInt(float):
+    """An int that knows its trace; all arithmetic is plain Python's.
 
-    value: int
-    trace: NumberTrace
-    node: int
+    It is a float to Python, which would else compute `1.0 / number` without asking it.
+    """
+
+    __slots__ = ("node", "trace", "value")
 
     def __new__(cls, value: int, trace: NumberTrace, node: int) -> TracedInt:
         made = super().__new__(cls, value)
