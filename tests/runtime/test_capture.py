@@ -110,7 +110,8 @@ def run(capture, model_fn, model, optimizer, input_fn, tmp_path, *, params=None,
     state = session.model_state()
     for optimizer_ in session.replicas[0].optimizers.values():
         for i, values in enumerate(optimizer_.state.values()):
-            state |= {f"optimizer {i} {k}": v.detach().cpu() for k, v in values.items() if isinstance(v, torch.Tensor)}
+            state |= {f"optimizer {i} {k}": v.detach().cpu() for k, v in getattr(values, "items", dict().items)()
+                      if isinstance(v, torch.Tensor)}
     return list(RECORDED), state, trainer
 
 

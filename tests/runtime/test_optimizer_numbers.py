@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import swa_utils
 
-from tests.runtime.test_capture import BATCH, assert_same, batches, classify, kind, rows, run, sgd
-from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, Trainer
+from tests.runtime.test_capture import BATCH, RECORDED, assert_same, batches, classify, kind, rows, run, sgd
+from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.errors import CaptureError
 
 
@@ -243,3 +244,106 @@ def test_a_step_that_fails_puts_the_counts_back(tmp_path):
         run("auto", classify, nn.Linear(4, 3), make, batches(rows), tmp_path, loop=1, hooks=[Fail()])
     assert [state["step"].item() for state in OPTIMIZER[-1].state.values()] == [2.0, 2.0]
     assert type(OPTIMIZER[-1].param_groups[0]["lr"]) is float
+
+
+class Keeping(nn.Module):
+    """Keeps its loss in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("last", torch.zeros(()))
+        self.register_buffer("too", torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def kept_loss(features, labels, mode, params, model, optimizer):
+    loss = F.cross_entropy(model(features), labels)
+
+    def train_op():
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if params["how"] == "copied":
+        model.last.copy_(loss.detach())
+    else:
+        model.last = loss.detach() if params["how"] == "assigned" else loss
+        model.too = loss.detach()
+    return TPUEstimatorSpec(mode, loss=loss if params["how"] == "itself" else model.last, train_op=train_op,
+                            host_call=(lambda loss: RECORDED.extend(loss.tolist()), [model.last.reshape(1)]))
+
+
+@pytest.mark.parametrize("how", ["copied", "assigned", "itself"])
+def test_a_loss_that_is_a_buffer_is_that_of_its_step(how, tmp_path):
+    torch.manual_seed(0)
+    model = Keeping()
+    arguments = (kept_loss, model, sgd, batches(rows), tmp_path)
+    traced, captured = (run(capture, *arguments, params={"how": how}, steps=12) for capture in ("off", "auto"))
+    assert_same(traced, captured)
+    features, labels = next(batches(rows)({}))
+    assert captured[0][0] == pytest.approx(F.cross_entropy(model(features), labels).item(), abs=1e-6)
+    assert captured[1]["last"].item() == captured[0][-1]
+
+
+class Sharing(torch.optim.SGD):
+    """Counts under a key of its own in its state."""
+
+    def step(self, closure=None):
+        self.state["calls"] = self.state.get("calls", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(1 / self.state["calls"])
+        return super().step(closure)
+
+
+def test_a_plain_int_in_the_state_is_followed(tmp_path):
+    def make(model, params):
+        return Sharing(model.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    result = run("require", classify, model, noting(make), batches(rows), tmp_path)
+    assert kind(result[2]) == "replay"
+    assert OPTIMIZER[-1].state["calls"] == 50
+    expected, _ = plainly(make, model)
+    assert_close(result[1], expected)
+
+
+AVERAGES = {
+    "equal weights": {}, "equal weights of lists": {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
+    "decay": {"avg_fn": swa_utils.get_ema_avg_fn(0.9), "use_buffers": True},
+    "decay of lists": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9), "use_buffers": True}}
+
+
+def averaging(features, labels, mode, params, model, optimizer):
+    loss = F.cross_entropy(model["net"](features), labels)
+
+    def train_op():
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model["average"].update_parameters(model["net"])
+
+    return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+
+@pytest.mark.parametrize("how", AVERAGES)
+def test_an_averaged_model_is_replayed_and_averages_as_plain_pytorch(how, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    net.register_buffer("scale", torch.tensor(2.0))
+    made = nn.ModuleDict({"net": net, "average": swa_utils.AveragedModel(net, **AVERAGES[how])})
+
+    def make(model, params):
+        return torch.optim.SGD(model["net"].parameters(), lr=0.1, momentum=0.9)
+
+    plain = copy.deepcopy(made)
+    optimizer = make(plain, {})
+    for features, labels in itertools.islice(batches(rows)({}), 20):
+        averaging(features, labels, "train", {}, plain, optimizer).train_op()
+    result = run("require", averaging, made, make, batches(rows), tmp_path, steps=20)
+    assert kind(result[2]) == "replay"
+    assert_close(result[1], plain.state_dict())

@@ -145,7 +145,9 @@ class TrainStep:
         if is_update:
             with torch.no_grad():
                 replica.global_step.add_(1)
-        tensors: dict[str, Any] = {"loss": spec.loss.detach()}
+        # One that is a buffer would show the next step's value when it is fetched.
+        loss = spec.loss.detach() if spec.loss.requires_grad else spec.loss.clone()
+        tensors: dict[str, Any] = {"loss": loss}
         return _output(tensors, spec, self.call, is_update=is_update)
 
     def _run_train_op(self, spec: Spec, replica: Replica, micro_step: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpuspec.runtime import graph
+from tpuspec.runtime.averaged_model import averages_on_device
 from tpuspec.runtime.number_plan import NumberPlan
 from tpuspec.runtime.numbers_of_step import NumbersOfStep
 from tpuspec.runtime.optimizer_places import Held, Leaves, Place, held_by, is_number, is_same
@@ -71,7 +72,8 @@ class OptimizerNumbers:
 
             handles += [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
         try:
-            yield numbers
+            with averages_on_device():
+                yield numbers
         finally:
             self._tracing = None
             numbers.leave()
@@ -140,8 +142,10 @@ class OptimizerNumbers:
                           for name, optimizer in replica.optimizers.items()}
             for leaf in self._moved:
                 for kind, name, index, key, _ in self._members.get(leaf, ()):
-                    holder = (vars(replica.optimizers[name]) if kind == "attribute"
-                              else replica.optimizers[name].state[parameters[name][index]])
+                    optimizer = replica.optimizers[name]
+                    holder: Any = vars(optimizer) if kind == "attribute" else optimizer.state
+                    if kind == "state":
+                        holder = optimizer.state[parameters[name][index]]
                     Held((kind, name, index, key, -1), holder, None).put(self._values[leaf])
         self._moved.clear()
 

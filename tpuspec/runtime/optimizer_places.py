@@ -13,7 +13,7 @@ from tpuspec.runtime.traced_numbers import Leaf, TracedFloat, TracedInt
 from tpuspec.spec.backend import Replica
 
 Place = tuple[str, str, Any, str, int]
-"""'group', 'state' or 'attribute'; name of the optimizer; number of the group or parameter; key; place in a tuple."""
+"""'group', 'state' (of a parameter), 'attribute' or 'own' (in the state, under a key of its own); name of the optimizer; number of the group or parameter; key; place in a tuple."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,9 @@ def held_by(name: str, optimizer: torch.optim.Optimizer) -> Iterator[Held]:
                     if _is_held(value):
                         yield Held(("state", name, index, key, -1), state, value)
             index += 1
+    for key, value in optimizer.state.items():
+        if isinstance(key, str) and _is_held(value):
+            yield Held(("own", name, 0, key, -1), optimizer.state, value)  # type: ignore[arg-type]  # a defaultdict
     for key, value in vars(optimizer).items():
         if type(value) in (float, int, TracedFloat, TracedInt):
             yield Held(("attribute", name, 0, key, -1), vars(optimizer), value)
@@ -113,4 +116,4 @@ def told(place: Place) -> str:
     kind, name, index, key, _ = place
     whose = f"optimizer {name!r}" if name else "optimizer"
     return {"group": f"{whose} {key} of group {index}", "state": f"{whose} state {index} {key}",
-            "attribute": f"{whose} attribute {key}"}[kind]
+            "attribute": f"{whose} attribute {key}", "own": f"{whose} state {key}"}[kind]

@@ -136,7 +136,7 @@ def _optimizer_numbers(replica: Replica) -> Snapshot:
                 if key != "params" and not isinstance(value, Tensor) and not is_number(value):
                     snapshot[f"{path} {key} of group {number}"] = repr(value)
         for index, state in enumerate(optimizer.state.values()):
-            for key, value in state.items():
+            for key, value in (state.items() if isinstance(state, Mapping) else [("", state)]):
                 if is_number(value):
                     continue
                 if not isinstance(value, Tensor):

@@ -111,7 +111,8 @@ class Before:
         self.numbers = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
         self._gradients = {slot: owner.grad for slot, owner in gradient_owners(replica).items()}
         self._numbers = read_numbers(replica)
-        self._optimizers = {name: {parameter: dict(state) for parameter, state in optimizer.state.items()}
+        self._optimizers = {name: {parameter: dict(state) if isinstance(state, dict) else state
+                                   for parameter, state in optimizer.state.items()}
                             for name, optimizer in replica.optimizers.items()}
 
     def restore(self) -> None:
@@ -230,11 +231,15 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
     batch_sources = {graph.tensor_id(tensor): Source("batch", i) for i, tensor in enumerate(batch)}
     by_number = {number: Source("slot", slot) for slot, number in before.numbers.items()} | batch_sources
     slots, states = list(after), list(after.values())
+    of_state: set[int] = set()
     for slot, tensor, is_pending in zip(slots, states, graph.pending(states), strict=True):
         if not is_pending:
             if graph.tensor_id(tensor) == before.numbers.get(slot):
                 continue
             graph.publish(tensor, graph.inner(graph.computed(tensor)))
+        elif graph.tensor_id(tensor) in of_state:  # two places hold one tensor, as a loss kept in two buffers
+            tensor.data = graph.computed(tensor)  # not published: that would write through to the other
+        of_state.add(graph.tensor_id(tensor))
         recording.written.append(slot)
     recording.roots = [after[slot] for slot in recording.written]
     places: dict[int, int] = {}
@@ -246,6 +251,8 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
                 recording.sources.append(source)
                 continue
             # Of the state, whose buffer the next step writes, or a constant of Python's.
+            tensor = recording.tensors[number] = graph.computed(tensor)
+        elif graph.tensor_id(tensor) in of_state:  # the next step writes its buffer
             tensor = recording.tensors[number] = graph.computed(tensor)
         place = places.setdefault(graph.tensor_id(tensor), len(recording.roots))
         if place == len(recording.roots):

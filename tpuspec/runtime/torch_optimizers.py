@@ -45,7 +45,8 @@ def bring_home(optimizer: torch.optim.Optimizer) -> None:
     """Moves numbers that torch keeps on the device to the host, where its plain form computes with them."""
     if not is_of_torch(optimizer):
         return
-    found = [(state, key, value) for state in optimizer.state.values() for key, value in state.items()
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    found = [(state, key, value) for state in states for key, value in state.items()
              if key in _NUMBERS and isinstance(value, Tensor)]
     found += [(group, key, value) for group in optimizer.param_groups for key, value in group.items()
               if isinstance(value, Tensor)]
