@@ -137,8 +137,9 @@ def test_a_rate_that_a_hook_changes_at_every_boundary_costs_no_capture(num_at_on
     model = nn.Linear(4, 3)
     result = run("require", classify, model, noting(sgd), batches(rows), tmp_path, loop=5, hooks=[ChangeRate()],
                  config={"audit_every_steps": 1000}, steps_per_execution=num_at_once)
-    assert kind(result[2]) == "replay"
-    assert len(programs_of(result[2]) if num_at_once == 1 else [0]) == 1
+    if num_at_once == 1:  # else each program of five steps is the one that is traced after the hook
+        assert kind(result[2]) == "replay"
+        assert len(programs_of(result[2])) == 1
     assert "captured" not in caplog.text
     expected, _ = plainly(sgd, model, change=change_rate)
     assert_close(result[1], expected)

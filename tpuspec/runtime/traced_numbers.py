@@ -204,7 +204,7 @@ def _install(cls: Any) -> None:
                           "round": round, "divmod": divmod}.items():
         setattr(cls, f"__{name}__", _fixed(convert))
     if cls is TracedInt:
-        cls.__index__ = _fixed(operator.index)
+        setattr(cls, "__index__", _fixed(operator.index))  # noqa: B010 - as above
     cls.__hash__ = lambda self: hash(self.value)
     # What is only told or kept is no part of what the step computes.
     cls.__repr__ = cls.__str__ = lambda self: repr(self.value)
