@@ -13,8 +13,8 @@ from tpuspec.runtime.traced_numbers import Leaf, TracedFloat, TracedInt
 from tpuspec.spec.backend import Replica
 
 Place = tuple[str, str, Any, str, int]
-"""'group', 'state' (of a parameter), 'attribute' or 'own' (in the state, under a key of its own); name of the optimizer;
-number of the group or parameter; key; place in a tuple."""
+"""'group', 'state' (of a parameter), 'attribute' or 'own' (in the state, under a key of its own); name of the
+optimizer; number of the group or parameter; key; place in a tuple."""
 
 
 @dataclass(frozen=True, slots=True)
