@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ def register_formulas() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     formulas: dict[str, Callable[..., object]] = {
         "batch_norm": _batch_norm, "vdot": _vdot, "_weight_norm": _weight_norm, "embedding_bag": _embedding_bag,
-        "embedding_bag.padding_idx": _embedding_bag, "linalg_householder_product": _householder_product}
+        "embedding_bag.padding_idx": _embedding_bag, "linalg_householder_product": _householder_product,
+        "elu": _elu, "elu_": _elu_, "celu": _celu, "celu_": _celu_, "selu": _selu, "selu_": _selu_,
+        "avg_pool2d": functools.partial(_avg_pool, num_dims=2), "avg_pool3d": functools.partial(_avg_pool, num_dims=3),
+        "count_nonzero": _count_nonzero, "count_nonzero.dim_IntList": _count_nonzero, "norm.Scalar": _norm,
+        "norm.ScalarOpt_dim": _norm, "norm.ScalarOpt_dtype": _norm, "norm.ScalarOpt_dim_dtype": _norm,
+        "linalg_svdvals": _svdvals, "nuclear_norm": _nuclear_norm, "nuclear_norm.dim": _nuclear_norm}
     for name, formula in formulas.items():
         library.impl(name, formula, _KEY)
     return library
@@ -54,7 +60,7 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_m
 
 
 def _vdot(one: Tensor, other: Tensor) -> Tensor:
-    return ((one.conj() if one.is_complex() else one) * other).sum()
+    return ((one.conj() if one.is_complex() else one) * other).sum(dtype=one.dtype)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -109,3 +115,112 @@ def _householder_product(reflectors: Tensor, tau: Tensor) -> Tensor:
         v = below[..., :, i:i + 1]
         product = product - tau[..., i, None, None] * v @ (v.mH @ product)
     return product
+
+
+def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    """XLA's own gradient takes the input for the result."""
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    below = torch.expm1(torch.minimum(x, zero) * input_scale) * (alpha * scale)
+    return torch.where(x > 0, x * scale, below)
+
+
+def _elu_(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    return x.copy_(_elu(x, alpha, scale, input_scale))
+
+
+def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return _elu(x, alpha, 1.0, 1.0 / alpha)
+
+
+def _celu_(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return x.copy_(_celu(x, alpha))
+
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+
+
+def _selu(x: Tensor) -> Tensor:
+    return _elu(x, _SELU_ALPHA, _SELU_SCALE)
+
+
+def _selu_(x: Tensor) -> Tensor:
+    return x.copy_(_selu(x))
+
+
+class _PlainPool(torch.autograd.Function):
+    """Averages of whole windows, as XLA has them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.settings = (kernel, stride, [0] * len(kernel), False, True, None)
+        with torch._C._AutoDispatchBelowAutograd():  # else it would come back here
+            return _POOLS[len(kernel)][0](x, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            return _POOLS[len(ctx.settings[0])][1](gradient, x, *ctx.settings), None, None
+
+
+_POOLS = {2: (torch.ops.aten.avg_pool2d, torch.ops.aten.avg_pool2d_backward),
+          3: (torch.ops.aten.avg_pool3d, torch.ops.aten.avg_pool3d_backward)}
+
+
+def _avg_pool(x: Tensor, kernel_size: list[int], stride: list[int] = (), padding: list[int] = (0,),  # type: ignore[assignment]
+              ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None, *,
+              num_dims: int) -> Tensor:
+    """Pads by hand and divides by what torch counts: XLA's own is wrong with ceil_mode or divisor_override."""
+    def each(numbers: Any) -> list[int]:
+        return list(numbers) * num_dims if len(numbers) == 1 else list(numbers)
+
+    kernel, padding = each(kernel_size), each(padding)
+    stride = each(stride) if stride else kernel
+    sizes = x.shape[-num_dims:]
+    pads: list[int] = []
+    counts = torch.ones(())
+    for size, width, step, pad in zip(sizes, kernel, stride, padding, strict=True):
+        room = size + 2 * pad - width
+        num = (-(-room // step) if ceil_mode else room // step) + 1
+        if ceil_mode and (num - 1) * step >= size + pad:
+            num -= 1  # a window must begin within the input or its left padding
+        pads = [pad, max(0, (num - 1) * step + width - size - pad), *pads]
+        starts = torch.arange(num) * step - pad
+        ends = (starts + width).clamp(max=size + pad)
+        if not count_include_pad:
+            starts, ends = starts.clamp(min=0), ends.clamp(max=size)
+        counts = counts.unsqueeze(-1) * (ends - starts)
+    pooled = _PlainPool.apply(torch.nn.functional.pad(x, pads), kernel, stride)
+    cut = [slice(0, num) for num in counts.shape]
+    pooled = pooled[(..., *cut)]
+    total = float(torch.tensor(kernel).prod())
+    if divisor_override is not None:
+        return pooled * (total / divisor_override)
+    if bool((counts == total).all()):
+        return pooled
+    return pooled * (total / counts).to(x.dtype).to(x.device)
+
+
+def _count_nonzero(x: Tensor, dim: list[int] | int | None = None) -> Tensor:
+    counted = (x != 0).long()
+    return counted.sum() if dim is None or dim == [] else counted.sum(dim)
+
+
+def _norm(x: Tensor, p: float | None = 2, dim: list[int] | None = None, keepdim: bool = False, *,
+          dtype: torch.dtype | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x, 2 if p is None else p, dim or None, keepdim, dtype=dtype)
+
+
+def _svdvals(x: Tensor, *, driver: str | None = None) -> Tensor:
+    """XLA's own drops dimensions of size 1, and is complex where the matrix is."""
+    values = torch.linalg.svd(x, full_matrices=False).S
+    return (values.real if values.is_complex() else values).reshape(*x.shape[:-2], min(x.shape[-2:]))
+
+
+def _nuclear_norm(x: Tensor, dim: list[int] | bool = (-2, -1), keepdim: bool = False) -> Tensor:  # type: ignore[assignment]
+    if isinstance(dim, bool):  # of the form without dimensions
+        dim, keepdim = [-2, -1], dim
+    first, second = (d % x.ndim for d in dim)
+    norm = _svdvals(x.movedim((first, second), (-2, -1))).sum(-1)
+    return norm.unsqueeze(min(first, second)).unsqueeze(max(first, second)) if keepdim else norm

@@ -10,6 +10,7 @@ import collections
 import datetime
 import dis
 import functools
+import gc
 import inspect
 import os
 import random
@@ -33,7 +34,8 @@ _CLOCKS = frozenset(getattr(time, name) for name in (
 _DATES = frozenset({"now", "utcnow", "today"})
 _OUTSIDE = {**dict.fromkeys(_CLOCKS, "the clock"), os.urandom: "random numbers of the system",
             secrets.token_bytes: "random numbers of the system", open: "a file", input: "a line of the terminal"}
-_LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "hydra", "omegaconf", "tensorboard", "_pytest", "pluggy")
+_LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "hydra", "omegaconf", "tensorboard", "_pytest", "pluggy",
+              "hypothesis")
 _MAX_OBJECTS = 5000
 
 
@@ -91,7 +93,8 @@ class Frames:
         if is_user is None:
             # A dataclass writes its own functions.
             is_user = self._is_user[code] = not (
-                is_library_file(code.co_filename) or code.co_qualname.startswith("__create_fn__"))
+                is_library_file(code.co_filename) or code.co_qualname.startswith("__create_fn__")
+                or any(getattr(callback, "__code__", None) is code for callback in gc.callbacks))
         if not is_user:
             return
         if event == "call":
