@@ -37,6 +37,7 @@ class NumbersOfStep:
         self._now: dict[Place, Any] = {}
         self._before = {held.place: number for held, number in read_numbers(replica)} if watch else {}
         self._inside: contextlib.ExitStack | None = None
+        self._lent: list[tuple[dict[str, Any], Tensor, float]] = []
 
     def begin(self, step: int) -> None:
         """Goes on to another training step of a program; hyper-parameters of groups are its own."""
@@ -46,6 +47,29 @@ class NumbersOfStep:
             if place[0] == "group" and isinstance(number, TracedFloat | TracedInt) and (
                     self.trace.nodes[number.node] == ("leaf", leaf)):
                 del self._now[place], self._leaf_of[place]
+
+    def lend_rates(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Lets scheduled learning rates be inputs of the graph for the code around the optimizer's step.
+
+        A model_fn that returns the rate for a summary is replayed so.
+        """
+        for held in list(held_by(name, optimizer)):
+            if held.place[0] == "group" and held.place[3] == "lr" and type(held.value) is float:
+                if held.place not in self._leaf_of and held.place not in self._now:
+                    leaf = self._leaf_of[held.place] = self._leaves.name(held, held.value, self._step)
+                    self.values.setdefault(leaf, held.value)
+                    self._now[held.place] = self.trace.leaf(leaf, held.value)
+                now = self._now.get(held.place)
+                if type(now) is TracedFloat and is_same(plain(now), held.value):
+                    tensor = held.holder["lr"] = self.ops.send(now, torch.float32)
+                    self._lent.append((held.holder, tensor, held.value))
+
+    def take_rates_back(self) -> None:
+        """Puts the numbers of `lend_rates` back, but where user code has set others."""
+        for group, tensor, number in self._lent:
+            if group["lr"] is tensor:
+                group["lr"] = number
+        self._lent.clear()
 
     def enter(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Puts traced numbers into an optimizer whose step begins."""

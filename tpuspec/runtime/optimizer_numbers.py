@@ -65,20 +65,31 @@ class OptimizerNumbers:
         handles = []
         for name, optimizer in replica.optimizers.items():
             def begin(optimizer: torch.optim.Optimizer, args: object, kwargs: object, name: str = name) -> None:
+                numbers.take_rates_back()
                 numbers.enter(name, optimizer)
 
             def end(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
                 numbers.leave()
+                self._lend(replica)
 
             handles += [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
+        self._lend(replica)
         try:
             with averages_on_device():
                 yield numbers
         finally:
             self._tracing = None
             numbers.leave()
+            numbers.take_rates_back()
             for handle in handles:
                 handle.remove()
+
+    def _lend(self, replica: Replica) -> None:
+        """The first replica's optimizers have the schedules."""
+        assert self._tracing is not None
+        for name, optimizer in replica.optimizers.items():
+            if name in self._first.optimizers and is_scheduled(self._first.optimizers[name]):
+                self._tracing.lend_rates(name, optimizer)
 
     def adopt(self) -> tuple[Any, ...]:
         """Reads the numbers; returns which of them have one name."""
@@ -184,6 +195,7 @@ class NumbersOfSteps(OptimizerNumbers):
     def of_step(self, number: int, replica: Replica) -> Iterator[None]:
         """Puts one step's hyper-parameters into the groups within a block."""
         assert self._tracing is not None
+        self._tracing.take_rates_back()
         self._tracing.begin(number)
         groups = [group for optimizer in replica.optimizers.values() for group in optimizer.param_groups]
         kept = []
@@ -197,9 +209,11 @@ class NumbersOfSteps(OptimizerNumbers):
                 elif there is not value:
                     kept.append((group, key, there, value))
                     group[key] = value
+        self._lend(replica)
         try:
             yield
         finally:
+            self._tracing.take_rates_back()
             for item in kept:
                 if len(item) == 3:
                     there, was, put = item
