@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -24,13 +24,29 @@ def check_memory(module: nn.Module) -> None:
     for name, tensor in seen.values():
         by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
     for group in by_storage.values():
-        for (name, tensor), (other, tied) in itertools.combinations(group, 2):
+        for (name, tensor), (other, tied) in _meeting(group):
             if _overlap(tensor, tied):
                 raise ConfigError(
                     f"{name} and {other} of the model share memory, as a view, .data or .t() of one another does. On "
                     "an XLA device each would have its own, and they would no longer be tied. Tie them by one "
                     "Parameter (self.b.weight = self.a.weight), or keep one and compute the other from it in forward "
                     "(F.linear(x, self.a.weight.t())); a buffer of its own is made by .clone().")
+
+
+_Named = tuple[str, torch.Tensor]
+
+
+def _meeting(group: list[_Named]) -> Iterator[tuple[_Named, _Named]]:
+    """Yields the pairs of tensors of one storage whose ranges of memory meet."""
+    ordered = sorted(group, key=lambda item: item[1].storage_offset())
+    for place, item in enumerate(ordered):
+        tensor = item[1]
+        end = tensor.storage_offset() + sum((size - 1) * step for size, step in zip(
+            tensor.shape, tensor.stride(), strict=True)) + 1
+        for other in ordered[place + 1:]:
+            if other[1].storage_offset() >= end:
+                break
+            yield item, other
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

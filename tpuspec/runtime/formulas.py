@@ -193,7 +193,7 @@ def _avg_pool(x: Tensor, kernel_size: list[int], stride: list[int] = (), padding
         counts = counts.unsqueeze(-1) * (ends - starts)
     pooled = _PlainPool.apply(torch.nn.functional.pad(x, pads), kernel, stride)
     cut = [slice(0, num) for num in counts.shape]
-    pooled = pooled[(..., *cut)]
+    pooled = pooled[(..., *cut)]  # type: ignore[index]
     total = float(torch.tensor(kernel).prod())
     if divisor_override is not None:
         return pooled * (total / divisor_override)

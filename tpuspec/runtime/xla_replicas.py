@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from tpuspec.runtime.client import start_client
 from tpuspec.runtime.environment import KEEP_BARRIERS
 from tpuspec.runtime.formulas import register_formulas
 from tpuspec.runtime.optimizer_numbers import NumbersOfSteps, OptimizerNumbers
-from tpuspec.runtime.placement import module_as_before, move_module
+from tpuspec.runtime.placement import copy_module, module_as_before, move_module
 from tpuspec.runtime.pod import Pod
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.sent_batch import SentBatch
@@ -129,7 +128,7 @@ class XlaReplicas:
         replicas = []
         if model is not None:
             start_from_chief(model, self.coordinator)
-        modules = [model, *(copy.deepcopy(model) for _ in self._devices[1:])]
+        modules = [model, *(None if model is None else copy_module(model) for _ in self._devices[1:])]
         for ordinal, (device, module) in enumerate(zip(self._devices, modules, strict=True)):
             graph.use_device(self._names[ordinal])
             if module is not None:
