@@ -73,7 +73,10 @@ def load_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[s
                 logger.warning("optimizer%s, group %d: %s is %s as this run asks; the checkpoint had %s.",
                                f" {name!r}" if name else "", i, key, value, kept[key])
         groups.append(group)
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # torch keeps counts of steps as they are given: each replica needs its own.
+    state = {index: {key: value.clone() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+                     for key, value in values.items()} for index, values in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _same(a: Any, b: Any) -> bool:
