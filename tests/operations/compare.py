@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 """Compares all of torch's operations on XLA with the CPU, and writes the table of docs/operations.md.
 
     make operations                                 all, in a quarter of an hour or so

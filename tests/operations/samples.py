@@ -1,4 +1,4 @@
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnbound=false, reportPossiblyUnboundVariable=false
 """Torch's own samples of each operation, run on XLA and on the CPU, forward and backward.
 
     python tests/operations/samples.py RESULTS < VARIANTS
