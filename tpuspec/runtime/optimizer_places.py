@@ -13,10 +13,7 @@ from tpuspec.runtime.traced_numbers import Leaf, TracedFloat, TracedInt
 from tpuspec.spec.backend import Replica
 
 Place = tuple[str, str, Any, str, int]
-"""Kind, name of the optimizer, number of the group or parameter, key, and place in a tuple, or -1.
-
-The kind is 'group', 'state' (of a parameter), 'own' (in the state, under a key of its own) or 'attribute'.
-"""
+"""'group', 'state' (of a parameter), 'attribute' or 'own' (in the state, under a key of its own); name of the
 optimizer; number of the group or parameter; key; place in a tuple."""
 
 
