@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import threading
@@ -71,10 +72,11 @@ def input_fn(params, mode):
 
 
 def make(num_shards, tmp_path, *, model_fn=model_fn, optimizer=sgd, model=None, params=None, capture="auto", loop=10,
-         saves=None, **arguments):
+         saves=None, scheduler=None, **arguments):
     return Trainer(
-        model_fn, model=copy.deepcopy(model or net()), optimizer=optimizer, params=params or {}, train_batch_size=BATCH,
-        eval_batch_size=BATCH, predict_batch_size=BATCH, model_dir=tmp_path,
+        model_fn, model=model if inspect.isfunction(model) else copy.deepcopy(model or net()), optimizer=optimizer,
+        params=params or {}, train_batch_size=BATCH,
+        eval_batch_size=BATCH, predict_batch_size=BATCH, model_dir=tmp_path, scheduler=scheduler,
         config=RunConfig(
             seed=3, show_progress=False, capture=capture, **({"save_checkpoints_steps": saves} if saves else {}),
             tpu_config=TPUConfig(iterations_per_loop=loop, num_shards=num_shards, **arguments)))
@@ -107,6 +109,28 @@ def test_replicas_train_as_one_device_does(num_shards, params, tmp_path):
         for name, tensor in replica.items():
             assert torch.equal(tensor, all_weights[0][name]), f"replicas differ in {name}"
             torch.testing.assert_close(tensor, one[name], atol=1e-5, rtol=1e-5)
+
+
+def test_replicas_stay_equal_where_a_schedule_moves_within_a_loop_that_audits_interrupt(tmp_path):
+    trainer = make(4, tmp_path, capture="require", loop=20, scheduler=lambda optimizer, params: (
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))))
+    trainer.train(input_fn, steps=40)
+    first, *others = weights(trainer)
+    for replica in others:
+        for name, tensor in replica.items():
+            assert torch.equal(tensor, first[name]), f"replicas differ in {name}"
+
+
+def test_copies_of_a_module_have_the_hooks_of_its_parameters(tmp_path):
+    def build(params):
+        model = net()
+        model[0].weight.register_hook(lambda gradient: gradient * 0)
+        return model
+
+    _, _, all_weights = trained(4, tmp_path, model=build, steps=20)
+    for replica in all_weights:
+        assert torch.equal(replica["0.weight"], net().state_dict()["0.weight"])
+        assert not torch.equal(replica["0.bias"], net().state_dict()["0.bias"])
 
 
 @pytest.mark.parametrize("num_shards", [2, 4])

@@ -221,7 +221,7 @@ class CapturedStep:
             self._settings = None
 
     def _follow_first_replica(self) -> None:
-        """Gives hyper-parameters that a hook set on the first replica to the others."""
+        """Gives hyper-parameters that a hook or a schedule set on the first replica to the others."""
         for replica in self._replicas[1:]:
             for name, optimizer in replica.optimizers.items():
                 for own, first in zip(
@@ -235,6 +235,7 @@ class CapturedStep:
         if self._fallback is not None and self._gave_up:
             return self._fallback(batches, micro_step)
         befores: list[Before] = []
+        self._follow_first_replica()  # the schedule has moved on since the loop began
         self._of_optimizers.settle()
         with undone_on_error(befores):
             recordings = self._record(batches, micro_step, befores, watch=self._watch_of(key))
