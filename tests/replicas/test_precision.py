@@ -23,6 +23,7 @@ def test_several_replicas_have_the_dtypes_of_the_table_and_the_bits_of_tracing(p
         trainer.train(input_fn, steps=NUM_STEPS)
         monkeypatch.undo()
         table = documented(precision)
+        del table["optimizer's step count"]  # on the host
         assert {part: found for part, found in dtypes.items() if part in table} == table
         assert recorder.host_dtypes == {torch.float32}
         assert len(recorder.losses) == 2 * 2 * NUM_STEPS

@@ -102,6 +102,7 @@ def test_one_replica_trains():
     for _, batch in zip(range(100), prepared.batches, strict=False):
         (output,) = prepared.step(backend.feed(batch.replicas))
         losses.append(output.tensors["loss"].item())
+    prepared.batches.close()
     assert losses[-1] < 0.01 * losses[0]
     assert session.replicas[0].global_step.tolist() == [100]
     assert backend.events.count("reduce_gradients") == 100

@@ -72,7 +72,7 @@ class _Program:
       recording: the first replica's, to hold later traces against.
       known: numbers of optimizers that were the same in both traces: whether the graph follows them is not known.
       num_replays: since the last audit.
-      num_checked: replays before the last audit.
+      num_checked: replays before the last trace that it was held against.
       audit_at: replays from one audit to the next: 2, and as many as before, up to the setting.
     """
 
@@ -296,7 +296,7 @@ class CapturedStep:
                 if not differences(program.recording, recordings[0], self._replicas[0]):
                     programs.remove(program)
                     programs.append(program)  # the newest stay
-                    self.kind = "replay" if program.num_replays else "traced"
+                    self.kind = "replay" if program.num_replays or program.num_checked else "traced"
                     self._trust(key, program)
                     return
         if programs and recordings[0].plan != self._plans[key[:3]][key[3]]:
@@ -319,6 +319,7 @@ class CapturedStep:
         return not self._gave_up
 
     def _trust(self, key: _Key, program: _Program) -> None:
+        program.num_checked += program.num_replays
         program.num_replays = 0
         self._trusted[key] = program
         self._num_traces = 0
