@@ -107,9 +107,9 @@ def soak(soaked: Soak, num_processes: int, num_turns: int, capsys: pytest.Captur
         last_step = held[-1].step
         starts.append(held[WARM_UP_TURNS])
         sizes.append(soaked.sizes())
-    # A process that went on holds what the first one held.
+    # A process that went on holds no more than the first one, which also made the first weights.
     for name in ("num_threads", "num_files", "num_children"):
-        assert len({getattr(one, name) for one in starts}) == 1, starts
+        assert max(getattr(one, name) for one in starts) == getattr(starts[0], name), starts
     resumed = [one.anonymous_bytes for one in starts[1:]]  # the first one had nothing to restore
     assert max(resumed) < min(resumed) + _MOST_BYTES_BETWEEN_STARTS, starts
     # Numbers of steps and the positions of random generators have more or fewer digits.
