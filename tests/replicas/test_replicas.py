@@ -142,6 +142,22 @@ def test_replay_has_the_bits_of_tracing(num_shards, tmp_path):
         assert torch.equal(tensor, on[0][name]), name
 
 
+def test_replicas_branch_on_the_device_where_that_needs_no_other_replica(tmp_path):
+    def branching(features, labels, mode, params, model, optimizer, global_step):
+        if global_step % 4 == 0:
+            features = features * 2
+        return model_fn(features, labels, mode, params, model, optimizer, global_step)
+
+    results = []
+    for capture in ("off", "require"):
+        trainer = make(2, tmp_path / capture, model_fn=branching, capture=capture)
+        RECORDED.clear()
+        trainer.train(input_fn, steps=40)
+        results.append(list(RECORDED))
+    assert trainer._sessions[True].backend.step_kind == "replay"
+    assert results[0] == results[1]
+
+
 def test_several_steps_in_one_program_have_the_bits_of_single_ones(tmp_path):
     _, expected, alone = trained(4, tmp_path / "alone", capture="require")
     trainer, records, together = trained(4, tmp_path / "together", capture="require", steps_per_execution=4)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.runtime.test_capture import BATCH, batches, kind, rows
 from tpuspec import CrossShardOptimizer, ModeKeys, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
-from tpuspec.runtime import capture
+from tpuspec.runtime.program import Program
 
 LOSSES: list[float] = []
 ROWS: list[int] = []
@@ -106,7 +106,7 @@ class Scaled(Notes):
 @pytest.fixture
 def num_captures(monkeypatch):
     """Returns how many programs were made since it was asked last."""
-    made, program = [], capture.CapturedStep._program
+    made, program = [], Program.of
 
     def counting(*args):
         made.append(args)
@@ -117,7 +117,7 @@ def num_captures(monkeypatch):
         made.clear()
         return num
 
-    monkeypatch.setattr(capture.CapturedStep, "_program", counting)
+    monkeypatch.setattr(Program, "of", counting)
     LOSSES.clear()
     ROWS.clear()
     return since

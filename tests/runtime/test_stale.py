@@ -335,7 +335,7 @@ def test_what_optimizers_and_hooks_count_is_never_replayed(case, tmp_path):
 READS = {
     "to(device=)": lambda x: x.to(device="cpu"), "copy_": lambda x: torch.zeros(()).copy_(x),
     "torch.tensor": lambda x: torch.tensor(x, device="cpu"), "tolist": lambda x: x.tolist(),
-    "numpy": lambda x: x.cpu().numpy(), "if": lambda x: 1.0 if x > 0 else 0.0,
+    "numpy": lambda x: x.cpu().numpy(), "item": lambda x: x.item(),
 }
 
 

@@ -8,8 +8,8 @@ each launched, so that an error in one replica's trace is that error and nothing
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
+from tpuspec.runtime.host_reads import told_read
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
+from tpuspec.runtime.program import Program, moved_numbers
 from tpuspec.runtime.python_state import Memory, Snapshot, changed
 from tpuspec.runtime.recording import (
     Before,
@@ -35,7 +37,6 @@ from tpuspec.runtime.replica_state import ReplicaState
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.signature import Signature, read_signature, told_change
 from tpuspec.runtime.slots import Slot
-from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 from tpuspec.spec.user_threads import USER_CODE
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 _Key = tuple[int, Hashable, int, int]
 """Micro-step, form of the batch, number of the optimizers' equal counters, number of their plan."""
 
+_Branch = tuple[_Key, tuple[str, ...]]
+"""What the step read from the device, besides."""
+
 _Told = tuple[Signature, "Snapshot | None", Hashable]
 """What a program was captured with, for messages; the form of its batch is the last."""
 
@@ -53,44 +57,7 @@ _MAX_DOUBTFUL_TRACES = 6
 _QUIET_CAPTURES = 2
 _MAX_PLANS = 8
 _MAX_PROGRAMS = 8
-"""Of one form of batch: a hook may switch between a few."""
-
-
-@dataclass(slots=True, eq=False)
-class _Program:
-    """A captured step, ready to be replayed on every replica.
-
-    Attributes:
-      graph: its hash.
-      templates: for each replica the graph's inputs, with its constants in their places.
-      slots, batch, numbers: (place among the inputs, number of the slot, batch tensor or optimizers' number).
-      seed: (place, number of the step in the program) of the random seeds.
-      written: numbers of the slots that the first outputs are.
-      dropped: numbers of the gradients that are gone afterwards.
-      sources: (from the batch, number) of each tensor for the host.
-      outputs: for each replica the output of the trace, whose functions and form stay.
-      recording: the first replica's, to hold later traces against.
-      known: numbers of optimizers that were the same in both traces: whether the graph follows them is not known.
-      num_replays: since the last audit.
-      num_checked: replays before the last trace that it was held against.
-      audit_at: replays from one audit to the next: 2, and as many as before, up to the setting.
-    """
-
-    graph: bytes
-    templates: list[list[Any]]
-    slots: list[tuple[int, int]]
-    batch: list[tuple[int, int]]
-    numbers: list[tuple[int, int]]
-    seed: list[tuple[int, int]]
-    written: list[int]
-    dropped: list[int]
-    sources: list[tuple[bool, int]]
-    outputs: list[StepOutput]
-    recording: Recording
-    known: dict[Leaf, Any]
-    num_replays: int = 0
-    num_checked: int = 0
-    audit_at: int = 2
+"""Of one form of batch: a hook, or what the step reads from the device, may switch between a few."""
 
 
 class CapturedStep:
@@ -125,10 +92,11 @@ class CapturedStep:
         self._counters: dict[tuple[Hashable, ...], int] = {}
         self._counters_now = 0
         self._numbers: dict[Slot, int] = {}
-        self._programs: dict[_Key, list[_Program]] = {}
-        self._trusted: dict[_Key, _Program] = {}
-        self._crossed: set[_Key] = set()
-        self._traces: dict[_Key, Recording | None] = {}
+        self._programs: dict[_Key, list[Program]] = {}
+        self._trusted: dict[_Key, list[Program]] = {}
+        self._crossed: set[_Branch] = set()
+        self._traces: dict[_Branch, Recording | None] = {}
+        self._read: dict[_Key, set[tuple[str, ...]]] = {}
         self._num_traces = self._num_doubtful = self._num_captures = 0
         self._user_code = -1
         self._others: list[Any] = []
@@ -157,7 +125,8 @@ class CapturedStep:
             self._adopt()
         of_plans = (micro_step, form_of(batches[0]), self._counters_now)
         key = (*of_plans, self._prepared(self._plans.get(of_plans, ())))
-        program = self._trusted.get(key)
+        program = next((program for program in self._trusted.get(key, ())
+                        if program.may_run(self._states, batches, self._numbers)), None)
         if program is None or (program.num_replays >= program.audit_at and micro_step == 0) or (
                 not self._of_optimizers.are(program.known)):
             self.publish()
@@ -255,7 +224,7 @@ class CapturedStep:
         """A step that may be one of the programs is only held against them, which is quicker."""
         if key is None:
             return Watch.nothing
-        is_known = key in self._trusted or (key not in self._traces and self._programs.get(key))
+        is_known = self._programs.get(key) and all(one != key for one, _ in self._traces)
         return Watch.device if is_known else Watch.all
 
     def _record(self, batches: Sequence[Batch], micro_step: int, befores: list[Before], *, watch: Watch,
@@ -269,7 +238,7 @@ class CapturedStep:
                 recording = record(
                     state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
                     memory=self._memory, watch=watch if not recordings or watch is Watch.nothing else Watch.device,
-                    locate=self._has_read, num_steps=self._num_steps)
+                    locate=self._has_read, num_steps=self._num_steps, is_alone=not self._several)
                 compile_recording(recording, state.device)
                 graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
                 recordings.append(recording)
@@ -283,15 +252,16 @@ class CapturedStep:
         """Audits a trusted program, trusts one that the trace equals, or makes a new one."""
         if not self._keep_plan(key, recordings[0]):
             return
-        trusted = self._trusted.get(key)
-        if trusted is not None:
-            self._audit(key, trusted, recordings[0])
-            self.kind = "replay"
-            return
+        branch = (key, recordings[0].answers)
+        for program in self._trusted.get(key, ()):
+            if program.recording.answers == branch[1]:
+                self._audit(branch, program, recordings[0])
+                self.kind = "replay"
+                return
         if self._settings is None or recordings[0].is_watched:
             self._settings = self._memory.settings()
         programs = self._programs.get(key, [])
-        if key not in self._traces and not recordings[0].notes:
+        if branch not in self._traces and not recordings[0].notes:
             for program in programs:
                 if not differences(program.recording, recordings[0], self._replicas[0]):
                     programs.remove(program)
@@ -300,12 +270,13 @@ class CapturedStep:
                     self._trust(key, program)
                     return
         if programs and recordings[0].plan != self._plans[key[:3]][key[3]]:
-            del self._programs[key]  # the optimizers compute with other numbers from now on
+            self._trusted.pop(key, None)  # the optimizers compute with other numbers from now on
+            del self._programs[key]
             self._plans[key[:3]][key[3]] = recordings[0].plan
         if recordings[0].is_watched:
-            self._consider(key, recordings)
+            self._consider(branch, recordings)
         else:
-            self._traces[key] = None  # the next ones are watched
+            self._traces[branch] = None  # the next ones are watched
 
     def _keep_plan(self, key: _Key, recording: Recording) -> bool:
         """Keeps how the optimizers compute numbers; returns whether that is not another way in each step."""
@@ -318,40 +289,46 @@ class CapturedStep:
             self._give_up([told_difference(*plans[-2:]) or "its optimizers compute with other numbers in each step"])
         return not self._gave_up
 
-    def _trust(self, key: _Key, program: _Program) -> None:
+    def _trust(self, key: _Key, program: Program) -> None:
         program.num_checked += program.num_replays
         program.num_replays = 0
-        self._trusted[key] = program
+        self._trusted.setdefault(key, []).insert(0, program)
         self._num_traces = 0
         self._changes.pop(key[0], None)
 
-    def _consider(self, key: _Key, recordings: Sequence[Recording]) -> None:
+    def _consider(self, branch: _Branch, recordings: Sequence[Recording]) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
-        newest, previous = recordings[0], self._traces.get(key)
+        key, answers = branch
+        newest, previous = recordings[0], self._traces.get(branch)
         # What user code did between the two is no reason to give up.
-        if key in self._crossed and (previous is None or previous.notes or differences(
+        if branch in self._crossed and (previous is None or previous.notes or differences(
                 previous, newest, self._replicas[0])):
             previous = None
-        self._crossed.discard(key)
+        self._crossed.discard(branch)
         if newest.is_doubtful and self._num_doubtful < _MAX_DOUBTFUL_TRACES:
             self._num_doubtful += 1  # traced again, until no other thread runs beside it
             return
+        read = self._read.setdefault(key, set())
+        read.add(answers)
+        if len(read) > _MAX_TRACES:
+            self._give_up([told_read(newest.guards[-1].place if newest.guards else "some place")])
+            return
         signature = (read_signature(self._replicas[0]), self._settings, key[1])
-        if previous is None:
+        if previous is None and len(read) == 1:
             changes = self._changes.setdefault(key[0], [])
             changes.append(signature)
             if len(changes) > _MAX_TRACES:
                 old, new = changes[-2:]
                 self._give_up([_told_change(old, new) or "it is another one in each step"])
                 return
-        self._traces[key] = newest
+        self._traces[branch] = newest
         reasons = list(newest.notes)
         if previous is not None:
             reasons += [] if previous.notes else differences(previous, newest, self._replicas[0])
             if not reasons and not previous.notes:
-                program = self._program(recordings, previous)
+                program = Program.of(recordings, previous, self._numbers)
                 self._keep(key, program)
-                del self._traces[key]
+                self._traces = {one: trace for one, trace in self._traces.items() if one[0] != key}
                 self._trust(key, program)
                 self._tell_of_recompiles(key, signature)
                 return
@@ -359,11 +336,12 @@ class CapturedStep:
         if self._num_traces >= _MAX_TRACES - 1 and reasons:
             self._give_up(reasons)
 
-    def _keep(self, key: _Key, program: _Program) -> None:
+    def _keep(self, key: _Key, program: Program) -> None:
         """Adds a program; the oldest go where there are too many, as their constants are kept too."""
         programs = self._programs.setdefault(key, [])
         programs.append(program)
         del programs[:-_MAX_PROGRAMS]
+        self._trusted[key] = [one for one in self._trusted.get(key, ()) if one in programs]
 
     def _give_up(self, reasons: Sequence[str]) -> None:
         told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
@@ -386,69 +364,34 @@ class CapturedStep:
             logger.warning("%s was captured %d times: %s.", self._name, self._num_captures,
                            _told_change(*self._captured) or "its Python code does something else")
 
-    def _audit(self, key: _Key, program: _Program, recording: Recording) -> None:
+    def _audit(self, branch: _Branch, program: Program, recording: Recording) -> None:
+        key = branch[0]
         program.num_checked += program.num_replays
         program.audit_at = min(program.num_checked, self._audit_every)
         num_replays, program.num_replays = program.num_replays, 0
         if recording.is_doubtful:
             return
         found = recording.notes or differences(program.recording, recording, self._replicas[0])
-        moved = _moved(program.known, recording)
+        moved = moved_numbers(program.known, recording)
         if not found:
             for leaf in moved:  # in the plan it is, then
                 del program.known[leaf]
         elif moved and not recording.notes:  # which the graph does not follow: another program
             del self._programs[key], self._trusted[key]
             self._plans[key[:3]][key[3]] = recording.plan
-            self._traces[key] = recording if recording.is_watched else None
+            self._traces[branch] = recording if recording.is_watched else None
             self._num_traces += 1
         else:
             raise CaptureError(
                 f"{self._name} is no longer what was captured: {found[0]}. It was replayed {num_replays} times since "
                 "the last check. Mend that, or set capture=off.")
 
-    def _program(self, recordings: Sequence[Recording], previous: Recording) -> _Program:
-        first = recordings[0]
-        for slot in first.slots:
-            self._numbers.setdefault(slot, len(self._numbers))
-        places: dict[str, list[tuple[int, Any]]] = {}
-        for place, source in enumerate(first.inputs):
-            places.setdefault(source.kind, []).append((place, source.key))
-        templates = []
-        for recording in recordings:
-            template: list[Any] = [None] * len(recording.inputs)
-            for place, number in places.get("constant", []):
-                template[place] = recording.constants[number]
-            templates.append(template)
-        return _Program(
-            graph=first.graph, templates=templates,
-            slots=[(place, self._numbers[slot]) for place, slot in places.get("slot", [])],
-            batch=places.get("batch", []), numbers=places.get("number", []),
-            seed=places.get("seed", []),
-            written=[self._numbers[slot] for slot in first.written],
-            dropped=[self._numbers[slot] for slot in first.dropped if slot in self._numbers],
-            sources=[(source.kind == "batch", source.key) for source in first.sources],
-            outputs=[recording.output for recording in recordings], recording=first,
-            known={leaf: value for leaf, value in first.leaves.items()
-                   if leaf not in _moved(previous.leaves, first)})
-
-    def _replay(self, program: _Program, batches: Sequence[Batch]) -> list[StepOutput]:
+    def _replay(self, program: Program, batches: Sequence[Batch]) -> list[StepOutput]:
         feeds, results = [], []
         sent = [batch.tensors() for batch in batches]
-        for state, template, tensors in zip(self._states, program.templates, sent, strict=True):
-            values, feed = state.values, template.copy()
-            for place, number in program.slots:
-                feed[place] = values[number]
-            for place, number in program.batch:
-                feed[place] = tensors[number]
-            if program.numbers:
-                numbers = self._of_optimizers.sent(state.replica)
-                for place, number in program.numbers:
-                    feed[place] = numbers[number]
-            for place, number in program.seed:
-                feed[place] = graph.seed_value(graph.seed_after(state.seed, number), state.device)
+        for ordinal, (state, tensors) in enumerate(zip(self._states, sent, strict=True)):
+            feeds.append(program.feed(ordinal, state, tensors, self._of_optimizers))
             state.seed = graph.seed_after(state.seed, self._num_steps)
-            feeds.append(feed)
         for state, feed in zip(self._states, feeds, strict=True):
             if self._several:
                 graph.use_device(state.device)
@@ -471,11 +414,6 @@ class CapturedStep:
             [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
             functions=output.functions, is_update=output.is_update, num_stacked=output.num_stacked)
             for output, result, tensors in zip(program.outputs, results, sent, strict=True)]
-
-
-def _moved(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:
-    """Returns the numbers of optimizers that are others in a recording."""
-    return [leaf for leaf, value in leaves.items() if recording.leaves.get(leaf) != value]
 
 
 def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:

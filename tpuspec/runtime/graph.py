@@ -185,6 +185,11 @@ def graph_inputs(roots: Sequence[Tensor]) -> list[GraphInput]:
             for number, handle, value in zip(ids, handles(values), values, strict=True)]
 
 
+def has_collectives(roots: Sequence[Tensor]) -> bool:
+    """Whether what is pending behind some tensors computes with other replicas."""
+    return "cross_replica" in (text := _C._get_xla_tensors_text(list(roots))) or "all_" in text
+
+
 def seed_id() -> int:
     """Returns the tensor_id under which a graph names its random seed."""
     return _C._get_seed_info_id()

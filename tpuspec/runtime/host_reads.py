@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,6 +48,18 @@ class HostReads:
         self._new = _new_op(self._ops)
         self._stack.close()
 
+    @contextlib.contextmanager
+    def passed_over(self) -> Iterator[None]:
+        """Does not count what is read within the block."""
+        before = graph.num_reads()
+        try:
+            yield
+        finally:
+            num_read = graph.num_reads() - before
+            self._num_reads += num_read
+            if self._places is not None:
+                self._places.pass_over(num_read)
+
     def note(self) -> str | None:
         """Says why the trace could not be replayed; None where it stayed on the device."""
         read_at, host_op = (self._places.read_at, self._places.host_op) if self._places is not None else (None, None)
@@ -55,8 +67,7 @@ class HostReads:
         if op is None or (read_at is not None and op not in _SHAPED_BY_VALUES):
             if not self._has_read:
                 return None
-            return (f"it reads a value from the device at {read_at or 'some place'}: .item(), .cpu(), print and `if` "
-                    "on a tensor wait for the device. Return the tensor in host_call instead")
+            return told_read(read_at or "some place")
         where = f" at {place}" if place else ""
         if op in _SHAPED_BY_VALUES:
             return (f"it makes a tensor whose shape depends on values{where}, by {op}, as indexing with a mask does. "
@@ -79,14 +90,17 @@ class _Places(TorchFunctionMode):
         """Counts from here on."""
         self._ops, self._num_reads = graph.host_ops(), graph.num_reads()
 
+    def pass_over(self, num_reads: int) -> None:
+        """Does not count so many reads."""
+        self._num_reads += num_reads
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.host_op is None and (op := _new_op(self._ops)) is not None:
-            self.host_op = (op, _user_place(sys._getframe(1)))
+            self.host_op = (op, user_place(sys._getframe(1)))
             self._num_reads = graph.num_reads()  # its own
         if self.read_at is None and graph.num_reads() != self._num_reads:
-            self.read_at = _user_place(sys._getframe(1))
+            self.read_at = user_place(sys._getframe(1))
         return result
 
 
@@ -95,7 +109,13 @@ def _new_op(before: Mapping[str, int]) -> str | None:
                  if count != before.get(op, 0) and op not in _READS), None)
 
 
-def _user_place(frame: FrameType | None) -> str:
+def told_read(place: str) -> str:
+    """Says that a step reads the device, and what to do instead."""
+    return (f"it reads a value from the device at {place}: .item(), .cpu(), print and `if` on a tensor wait for the "
+            "device. Return the tensor in host_call instead")
+
+
+def user_place(frame: FrameType | None) -> str:
     """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")

@@ -9,18 +9,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpuspec.runtime import graph
+from tpuspec.runtime.guards import Guard, GuardedReads
 from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.optimizer_places import read_numbers
 from tpuspec.runtime.python_state import Memory, changed
 from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, module_tensors, read_slots
+from tpuspec.runtime.sources import Source, Sources
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
@@ -29,18 +31,6 @@ from tpuspec.spec.user_threads import USER_THREADS
 
 _MAX_ORDERS = 10
 """Two or three are usual."""
-
-
-class Source(NamedTuple):
-    """Where an input of a graph, or a tensor for the host, comes from.
-
-    Attributes:
-      kind: 'slot', 'batch', 'number', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
-      key: the Slot; the number of the batch's tensor, optimizers' number, step's seed, constant or output.
-    """
-
-    kind: str
-    key: Any = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +52,7 @@ class Recording:
       dropped: slots that are not there any more.
       roots: what the graph computes: slots, then tensors for the host, then tensors that Python code keeps.
       slots: the state's tensors after the step.
+      guards: numbers that it read from the device, in their order.
       notes: why this step could not be replayed, one line each.
       is_doubtful: whether the only reason may be the doing of another thread.
       is_watched: whether the step's Python code was watched.
@@ -83,11 +74,17 @@ class Recording:
     dropped: list[Slot] = field(default_factory=list)
     roots: list[Tensor] = field(default_factory=list)
     slots: dict[Slot, Tensor] = field(default_factory=dict)
+    guards: list[Guard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     is_doubtful: bool = False
     is_watched: bool = False
     has_read: bool = False
     graph: bytes = b""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What its guards read."""
+        return tuple(guard.answer for guard in self.guards)
 
 
 class Before:
@@ -158,7 +155,7 @@ class Watch(enum.Enum):
 
 def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
            numbers: OptimizerNumbers, memory: Memory, watch: Watch, locate: bool = False, num_steps: int = 1,
-           ) -> Recording:
+           is_alone: bool = True) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
     Args:
@@ -171,14 +168,12 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       memory: of the step's Python code.
       watch: what to look for that could not be replayed.
       locate: whether to find out where it reads the device.
-      num_steps: training steps that `step` makes, each with a seed of its own.
+      num_steps: training steps that `step` makes, each with a seed of its own; what several read is no guard.
+      is_alone: whether there is one replica.
     """
     device = str(replica.device)
     seed = graph.get_seed(device)
     graph.set_seed(seed, device)  # drops what an unfinished trace has drawn
-    arguments = batch.tensors()
-    sources = {handle: Source("slot", slot) for slot, handle in before.handles.items()}
-    sources |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(arguments))}
     mark = USER_THREADS.mark()
     is_watched = watch is Watch.all
     remembered = memory.all() if is_watched else {}
@@ -187,10 +182,13 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
         with (reads if watch is not Watch.nothing else contextlib.nullcontext(),
               numbers.in_place(replica, watch=True) as of_step, graph.scalars_shared(),
               memory.watching() if is_watched else contextlib.nullcontext()):
-            output = step(replica, batch, micro_step)
+            sources = Sources(before.handles, before.numbers, batch.tensors(),
+                              [graph.seed_after(seed, i) for i in range(num_steps)], of_step.ops.handles)
+            guards = GuardedReads(sources.of, reads, is_alone=is_alone)
+            with guards.noted() if watch is not Watch.nothing and num_steps == 1 else contextlib.nullcontext():
+                output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
-    sources |= {handle: Source("number", i) for i, handle in enumerate(of_step.ops.handles)}
     # One of the host's own becomes a constant of the graph.
     tensors = [tensor.to(replica.device) for tensor in flat_tensors(output.tensors)]
     # Without its tensors: those that are views would be pending again once published, and be found as left over.
@@ -198,7 +196,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     if replica.model is not None:
         _detach_kept(replica.model, replica.device)
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica), plan=of_step.plan(),
-                          leaves=of_step.values, is_watched=is_watched)
+                          leaves=of_step.values, guards=guards.found, is_watched=is_watched)
     if watch is not Watch.nothing and (note := reads.note()) is not None:
         recording.notes.append(note)
         recording.has_read = True
@@ -211,8 +209,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
             recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
-    _wire(recording, before, arguments, sources, [graph.seed_after(seed, i) for i in range(num_steps)], device,
-          watch=watch is not Watch.nothing)
+    _wire(recording, before, sources, device, watch=watch is not Watch.nothing)
     return recording
 
 
@@ -223,13 +220,10 @@ def _detach_kept(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, graph.computed(tensor))
 
 
-def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources: Mapping[int, Source],
-          seeds: Sequence[int], device: str, *, watch: bool) -> None:
+def _wire(recording: Recording, before: Before, sources: Sources, device: str, *, watch: bool) -> None:
     after = recording.slots
     recording.created = [slot for slot in after if slot not in before.slots]
     recording.dropped = [slot for slot in before.slots if slot not in after]
-    batch_sources = {graph.tensor_id(tensor): Source("batch", i) for i, tensor in enumerate(batch)}
-    by_number = {number: Source("slot", slot) for slot, number in before.numbers.items()} | batch_sources
     slots, states = list(after), list(after.values())
     of_state: set[int] = set()
     for slot, tensor, is_pending in zip(slots, states, graph.pending(states), strict=True):
@@ -246,7 +240,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
     waiting = graph.pending(recording.tensors)
     for number, (tensor, is_pending) in enumerate(zip(recording.tensors, waiting, strict=True)):
         if not is_pending:
-            source = batch_sources.get(graph.tensor_id(tensor))
+            source = sources.batch.get(graph.tensor_id(tensor))
             if source is not None:
                 recording.sources.append(source)
                 continue
@@ -261,13 +255,7 @@ def _wire(recording: Recording, before: Before, batch: Sequence[Tensor], sources
     _keep_hidden(recording, before, device, watch=watch)
     graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
 
-    def known(found: graph.GraphInput) -> Source | None:
-        if found.tensor_id == graph.seed_id():
-            return Source("seed", seeds.index(graph.read_seed(found.value)))
-        # By the buffer where a tensor was read through another one that shares it.
-        return by_number.get(found.tensor_id) or sources.get(found.handle)
-
-    for found, source in _find_inputs(recording, known):
+    for found, source in _find_inputs(recording, sources.of):
         if source is None:
             source = Source("constant", len(recording.constants))
             recording.constants.append(found.value)
@@ -363,6 +351,9 @@ def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:
              if was.shape != now.shape or was.dtype != now.dtype or not torch.equal(was, now)]
     if moved:
         return [f"a number in it changes from step to step: {'; '.join(dict.fromkeys(moved))}"]
+    if [guard for guard, other in zip(old.guards, new.guards, strict=False) if not guard.equals(other)] or (
+            len(old.guards) != len(new.guards)):
+        return ["it reads other values from the device from one step to the next"]
     if old.plan != new.plan and (note := told_difference(old.plan, new.plan)) is not None:
         return [note]
     wiring = ("inputs", "sources", "written", "created", "dropped")
