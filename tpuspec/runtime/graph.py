@@ -190,6 +190,18 @@ def has_collectives(roots: Sequence[Tensor]) -> bool:
     return "cross_replica" in (text := _C._get_xla_tensors_text(list(roots))) or "all_" in text
 
 
+def forget_dtypes(tensors: Sequence[Tensor]) -> None:
+    """Lets tensors that are not pending be as a program's outputs are, so that their graphs have one hash.
+
+    One that came by `Tensor.to` or an operation also keeps the dtype that torch knows it by, and `sum` writes it down.
+    """
+    ids, values = _C._get_tensors_xla_device_data_node(list(tensors)) if tensors else ([], [])
+    known = dict(zip(ids, values, strict=True))
+    for tensor in tensors:
+        if (value := known.get(tensor_id(tensor))) is not None:
+            publish(tensor, inner(value))
+
+
 def seed_id() -> int:
     """Returns the tensor_id under which a graph names its random seed."""
     return _C._get_seed_info_id()

@@ -94,12 +94,15 @@ class Before:
 
     Args:
       replica: the replica.
+      is_traced: whether it is traced next.
     """
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, *, is_traced: bool = True) -> None:
         self._replica = replica
         self.slots = read_slots(replica)
         _settle(self.slots, str(replica.device))
+        if is_traced:
+            graph.forget_dtypes([tensor for slot, tensor in self.slots.items() if slot.kind != GRADIENT])
         if graph.num_pending(str(replica.device)):  # another Trainer's, or the user's own
             graph.materialize(list(_pending_tensors(str(replica.device)).values()), str(replica.device))
         self.inner = {slot: graph.inner(tensor) for slot, tensor in self.slots.items()}

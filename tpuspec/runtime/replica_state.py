@@ -30,7 +30,7 @@ class ReplicaState:
 
     def adopt(self, numbers: dict[Slot, int]) -> None:
         """Takes the state over from module and optimizers."""
-        before = Before(self.replica)
+        before = Before(self.replica, is_traced=False)
         self._tensors = before.slots
         for slot in before.slots:
             numbers.setdefault(slot, len(numbers))
