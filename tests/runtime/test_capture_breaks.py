@@ -98,6 +98,24 @@ def test_shapes_that_change_are_traced_with_one_message(case, tmp_path, caplog):
         run("require", model_fn, model, sgd, masked_rows, tmp_path, steps=14)
 
 
+@pytest.mark.parametrize(("capture", "reason"), [("off", "capture=auto would say why"), ("auto", "NUM_TRACES")])
+def test_what_it_costs_to_compile_each_step_anew_is_said_once(capture, reason, tmp_path, caplog):
+    def turning(features, labels, mode, params, model, optimizer):
+        NUM_TRACES["count"] += 1
+        features = features if capture == "off" else features.sigmoid()  # whose graphs this process has not compiled
+        return classify(features.flatten().roll(NUM_TRACES["count"]).view_as(features), labels, mode, params, model,
+                        optimizer)
+
+    NUM_TRACES["count"] = 0
+    run(capture, turning, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=14)
+    told = [record.message for record in caplog.records if "is compiled anew" in record.message]
+    assert len(told) == 1
+    assert re.search(rf"4 times for one form of batch; the newest took [\d.e-]+ s: .*{reason}", told[0]), told[0]
+    caplog.clear()
+    run(capture, classify, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=8)
+    assert "is compiled anew" not in caplog.text
+
+
 KEPT: dict[str, torch.Tensor] = {}
 
 

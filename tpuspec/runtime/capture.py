@@ -8,6 +8,7 @@ each launched, so that an error in one replica's trace is that error and nothing
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,8 @@ _Told = tuple[Signature, "Snapshot | None", Hashable]
 _MAX_TRACES = 4
 _MAX_DOUBTFUL_TRACES = 6
 _QUIET_CAPTURES = 2
+_QUIET_COMPILES = 3
+"""Of one form of batch while steps are traced: optimizers make their state in the first one."""
 _MAX_PLANS = 8
 _MAX_PROGRAMS = 8
 """Of one form of batch: a hook, or what the step reads from the device, may switch between a few."""
@@ -111,6 +114,9 @@ class CapturedStep:
         # task before it destroys the one before. The launches of the next step wait until these threads have let go.
         self._kept: Any = None
         self._gave_up = mode is CaptureMode.off
+        self._reason = "capture=auto would say why"
+        self._seconds = 0.0
+        self._num_compiles: dict[Hashable, int] = {}
 
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step on each replica's batch; does not wait for it."""
@@ -199,7 +205,20 @@ class CapturedStep:
                                 if key != "params" and not isinstance(value, Tensor)})
 
     def _trace(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
-        """Runs a step by tracing it; makes it a program if that is safe."""
+        """Runs a step by tracing it; makes it a program if that is safe; says what it costs if it is compiled anew."""
+        begun, num_compiles = time.perf_counter(), graph.num_compiles()
+        outputs = self._run_traced(batches, micro_step, key)
+        if graph.num_compiles() == num_compiles:
+            self._seconds = time.perf_counter() - begun
+        elif self._gave_up:
+            form = (micro_step, form_of(batches[0]))
+            self._num_compiles[form] = num = self._num_compiles.get(form, 0) + 1
+            if num == _QUIET_COMPILES + 1:
+                logger.warning("%s is compiled anew time and again, by now %d times for one form of batch; the newest "
+                               "took %.2g s: %s.", self._name, num, time.perf_counter() - begun, self._reason)
+        return outputs
+
+    def _run_traced(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
         self.kind = "traced"
         if self._fallback is not None and self._gave_up:
             return self._fallback(batches, micro_step)
@@ -348,8 +367,9 @@ class CapturedStep:
         if self._mode is CaptureMode.require:
             raise CaptureError(f"{told} Mend that, or set capture=auto to trace every step.")
         instead = "They run one at a time" if self._num_steps > 1 else "Every step is traced"
-        logger.warning("%s %s instead, which is right but slower. capture=off asks for that.", told, instead)
-        self._gave_up = True
+        cost = f" (the newest trace took {self._seconds:.2g} s)" if self._seconds else ""
+        logger.warning("%s %s instead, which is right but slower%s. capture=off asks for that.", told, instead, cost)
+        self._gave_up, self._reason = True, reasons[0]
         self._programs.clear()
         self._trusted.clear()
         self._traces.clear()

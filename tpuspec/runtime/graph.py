@@ -173,9 +173,14 @@ def materialize(tensors: Sequence[Tensor], device: str) -> None:
 
 def end_step() -> bool:
     """Dispatches all that is pending as a step, and does not wait for it; returns whether it had to be compiled."""
-    num_compiled = _C._xla_counter_value("UncachedCompile")
+    num_compiled = num_compiles()
     torch_xla.sync()
-    return _C._xla_counter_value("UncachedCompile") != num_compiled
+    return num_compiles() != num_compiled
+
+
+def num_compiles() -> int:
+    """Counts the graphs that this process has compiled."""
+    return _C._xla_counter_value("UncachedCompile") or 0
 
 
 def graph_inputs(roots: Sequence[Tensor]) -> list[GraphInput]:

@@ -77,9 +77,9 @@ class XlaReplicas:
 
     @property
     def step_kind(self) -> str:
-        """How the newest step ran, 'traced' or 'replay'; before the first one 'captured' where that is allowed."""
+        """How the newest step ran, 'traced' or 'replay'; before the first one what is planned."""
         if self._newest is None:
-            return "traced" if self._capture is CaptureMode.off else "captured"
+            return "traced" if self._capture is CaptureMode.off else "to be captured"
         return self._newest.kind
 
     @classmethod

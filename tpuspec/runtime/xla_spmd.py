@@ -74,7 +74,7 @@ class XlaSpmd:
 
     @property
     def step_kind(self) -> str:
-        """How the newest step ran, 'traced' or 'replay'; before the first one 'captured' where that is allowed."""
+        """How the newest step ran, 'traced' or 'replay'; before the first one what is planned."""
         return self._device.step_kind
 
     def place(self, model: nn.Module | None) -> list[Replica]:

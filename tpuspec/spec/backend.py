@@ -139,7 +139,7 @@ class Backend(Protocol):
       topology: who computes.
       coordinator: what the hosts decide together.
       static_shapes: whether every batch must have one shape, so that short batches are padded.
-      step_kind: how steps run, for the progress line: 'captured' before the first, 'traced', 'replay' or 'eager'.
+      step_kind: how steps run, for the progress line: 'to be captured' before the first, 'traced', 'replay' or 'eager'.
     """
 
     @property
