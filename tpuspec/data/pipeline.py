@@ -16,6 +16,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.batch_axis import BatchAxis, rows_to_axes
 from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
+from tpuspec.data.index_limits import IndexLimits
 from tpuspec.data.known_form import KnownForm
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
 from tpuspec.data.position import Position, common_start
@@ -62,6 +63,7 @@ class InputSettings:
       starts: where each call of input_fn stood in an earlier training; None at the first.
       strict_start: whether a start that cannot be gone back to is an error; else the input begins anew.
       batch_axis: where the rows of each tensor are.
+      limits: of labels and ids, once the first batch was observed.
     """
 
     input_fn: Callable[..., Any]
@@ -76,6 +78,7 @@ class InputSettings:
     starts: list[Position] | None = None
     strict_start: bool = True
     batch_axis: BatchAxis = field(default_factory=BatchAxis)
+    limits: IndexLimits = field(default_factory=IndexLimits)
 
 
 class InputPipeline:
@@ -129,6 +132,7 @@ class InputPipeline:
             replicas, mask = part if part is not None else feed.padding()
             batches += replicas
             masks.append(mask)
+        self._settings.limits.check(batches)
         mask = masks[0] if len(masks) == 1 else torch.cat(masks)
         # Only training goes on from a position.
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []

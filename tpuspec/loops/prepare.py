@@ -129,7 +129,8 @@ class Preparation:
             check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
             call = self._model_fn_call()
             rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
-                                 tried=session.tried_metrics)
+                                 tried=session.tried_metrics, limits=settings.limits if self._on_xla else None)
+            settings.limits.check(first.replicas)
             step = session.compiled_step(
                 mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call),
                 num_at_once=self._config.tpu_config.steps_per_execution if mode is ModeKeys.TRAIN else 1)

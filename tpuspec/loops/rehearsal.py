@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from tpuspec.data.index_limits import IndexLimits
 from tpuspec.errors import SpecError, TpuspecError
 from tpuspec.host.metric_state import check_metric_names
 from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer
@@ -46,7 +47,8 @@ class Rehearsal:
     hooks: tuple[SessionRunHook, ...]
 
 
-def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch, *, tried: set[Hashable]) -> Rehearsal:
+def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch, *, tried: set[Hashable],
+             limits: IndexLimits | None = None) -> Rehearsal:
     """Traces model_fn once and checks its spec.
 
     Args:
@@ -55,13 +57,15 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
       call: how model_fn is called.
       batch: the first batch, on the device.
       tried: metric functions that were tried, with their shapes, by earlier calls; this one is added.
+      limits: notes what model_fn indexes with tensors of the batch.
 
     Raises:
       SpecError, SpecTypeError, SpecUsageError: a rule of the spec is broken.
       TypeError: the keys of host tensors are not the parameters of their function.
     """
     def trace() -> Spec:
-        with torch.set_grad_enabled(call.mode is ModeKeys.TRAIN):
+        observed = contextlib.nullcontext() if limits is None else limits.observe(batch)
+        with torch.set_grad_enabled(call.mode is ModeKeys.TRAIN), observed:
             return call(replica, batch)
 
     spec = backend.rehearse(replica, trace)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from tpuspec.runtime import graph
-from tpuspec.runtime.host_reads import HostReads, user_place
+from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.sources import Source
+from tpuspec.spec.functions import user_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
 from tpuspec.runtime import graph
+from tpuspec.spec.functions import user_place
 
 _READS = frozenset({"_local_scalar_dense"})
 _SHAPED_BY_VALUES = frozenset({"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "unique_dim"})
@@ -113,13 +112,3 @@ def told_read(place: str) -> str:
     """Says that a step reads the device, and what to do instead."""
     return (f"it reads a value from the device at {place}: .item(), .cpu(), print and `if` on a tensor wait for the "
             "device. Return the tensor in host_call instead")
-
-
-def user_place(frame: FrameType | None) -> str:
-    """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "tpuspec.", "torch_xla.", "contextlib")):
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "a place in torch"

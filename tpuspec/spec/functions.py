@@ -6,6 +6,8 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from torch import nn
@@ -154,3 +156,13 @@ def check_input_fn(input_fn: Callable[..., Any]) -> None:
 
 def _with_defaults(fn: Callable[..., Any]) -> set[str]:
     return {name for name, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
+
+
+def user_place(frame: FrameType | None) -> str:
+    """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "tpuspec.", "torch_xla.", "contextlib")):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a place in torch"
