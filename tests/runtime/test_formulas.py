@@ -85,6 +85,26 @@ def test_the_running_variance_is_the_unbiased_one():
     torch.testing.assert_close(norm.running_var.cpu(), torch.tensor([50 / 3]))
 
 
+def test_a_permutation_is_drawn_from_the_steps_seed(tmp_path):
+    def model_fn(features, labels, mode, params, model, optimizer):
+        order = torch.randperm(features.shape[0], device=features.device)
+        assert order.dtype is torch.int64
+        loss = F.cross_entropy(model(features[order]), labels)
+        return TPUEstimatorSpec(mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss), host_call=(
+            lambda order: orders.append(order.tolist()), [order]))
+
+    results = []
+    for capture in ("off", "require"):
+        orders: list[list[int]] = []
+        torch.manual_seed(0)
+        trainer = run(capture, model_fn, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=20)[2]
+        results.append(orders)
+    assert kind(trainer) == "replay"
+    assert results[0] == results[1]
+    assert len({tuple(order) for order in orders}) > 15
+    assert all(sorted(order) == list(range(len(order))) for order in orders)
+
+
 def test_bags_that_only_hosts_have_are_refused():
     register_formulas()
     bags = nn.EmbeddingBag(10, 4, scale_grad_by_freq=True).to(torch_xla.device())

@@ -14,7 +14,7 @@ from tests.regression import (
     rows_input,
 )
 from tpuspec import TPUEstimatorSpec
-from tpuspec.errors import ConfigError
+from tpuspec.errors import ConfigError, SpecTypeError
 from tpuspec.spec.phase import current_phase, phase_of, step_of
 
 
@@ -40,6 +40,24 @@ def test_an_abandoned_prediction_releases_everything(tmp_path):
     generator.close()
     assert calls and calls[0] == 4
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpuspec")]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_that_xla_gives_back_signed_are_refused_by_name(dtype, tmp_path):
+    def passing_on(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"x": features["x"]})
+
+    def making(features, mode, params, model):
+        return TPUEstimatorSpec(mode, predictions={"x": features["x"].to(dtype)})
+
+    x = torch.tensor([250, 1, 2, 3])
+    with pytest.raises(SpecTypeError, match=r"features\['x'\] must not hold torch.uint.*astype\('int"):
+        next(make_trainer(tmp_path, passing_on).predict(lambda params: [{"x": x.to(dtype)}]))
+    with pytest.raises(SpecTypeError, match="the spec must not hold torch.uint"):
+        next(make_trainer(tmp_path, making).predict(lambda params: [{"x": x}]))
+    row = next(make_trainer(tmp_path, passing_on).predict(lambda params: [{"x": x.to(torch.uint8)}]))
+    assert row["x"] == 250
+    assert row["x"].dtype == np.uint8
 
 
 @pytest.mark.parametrize("use_tpu", [True, False])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tpuspec.data.structure import named_leaves
 from tpuspec.errors import InputError
 from tpuspec.spec.functions import user_place
 from tpuspec.spec.results import Batch
@@ -134,9 +135,7 @@ class IndexLimits:
 
     def observe(self, batch: Batch) -> TorchFunctionMode:
         """Returns a context in which model_fn shows what it indexes with the tensors of this batch."""
-        leaves = pytree.tree_flatten_with_path((batch.features, batch.labels))[0]
-        named = [(_name_of(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-        return _Observer(named, self.limits)
+        return _Observer(named_leaves(batch), self.limits)
 
     def check(self, batches: Sequence[Batch]) -> None:
         """Checks the batches of replicas on the host.
@@ -158,12 +157,12 @@ class IndexLimits:
 class _Observer(TorchFunctionMode):
     """Follows the tensors of a batch through model_fn."""
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], limits: list[_Limit]) -> None:
+    def __init__(self, named: Mapping[str, Tensor], limits: list[_Limit]) -> None:
         super().__init__()
-        self._names = [name for name, _ in named]
+        self._names = list(named)
         # The tensors are kept: another one could have the id of one that is gone.
         self._known: dict[int, tuple[Tensor, int, _Derivation]] = {
-            id(tensor): (tensor, number, ()) for number, (_, tensor) in enumerate(named)
+            id(tensor): (tensor, number, ()) for number, tensor in enumerate(named.values())
             if tensor.dtype is not torch.bool and not tensor.is_complex()}
         self._limits = limits
         limits.clear()
@@ -218,8 +217,3 @@ def _derive(tensor: Tensor, derivation: _Derivation) -> Tensor | None:
     except (RuntimeError, IndexError, TypeError):
         return None
     return tensor
-
-
-def _name_of(path: Sequence[Any]) -> str:
-    """Returns "features['ids']" or "labels" for a leaf's place in (features, labels)."""
-    return ("features", "labels")[path[0].idx] + pytree.keystr(tuple(path[1:]))

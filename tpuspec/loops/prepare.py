@@ -18,11 +18,12 @@ from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.data.position import Position, start_of
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import ProcessRandomState
+from tpuspec.data.structure import named_leaves
 from tpuspec.errors import ConfigError
 from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
-from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep
+from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep, check_unsigned
 from tpuspec.spec.backend import CompiledStep
 from tpuspec.spec.functions import check_model_fn_call
 from tpuspec.spec.mode import ModeKeys
@@ -125,6 +126,9 @@ class Preparation:
             random_state = ProcessRandomState.take()
             with in_phase("input_fn"):
                 first = next(batches)
+            if self._on_xla:
+                for name, tensor in named_leaves(first.replicas[0]).items():
+                    check_unsigned(name, [tensor])
             warn_of_mixed_precision(first.replicas[0], session.module)
             check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
             call = self._model_fn_call()

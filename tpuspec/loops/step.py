@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,21 @@ from tpuspec.spec.results import Batch, HostFunctions, StepOutput
 from tpuspec.spec.train_op import TrainOp, as_train_op, only_reduced_steps
 
 Spec = TPUEstimatorSpec | EstimatorSpec
+
+
+_WIDER = {torch.uint16: "int32", torch.uint32: "int64", torch.uint64: "int64"}
+
+
+def check_unsigned(owner: str, tensors: Iterable[Tensor]) -> None:
+    """Refuses unsigned integers that come back from XLA as signed ones.
+
+    Raises:
+      SpecTypeError: names their owner.
+    """
+    for tensor in tensors:
+        if (wider := _WIDER.get(tensor.dtype)) is not None:
+            raise SpecTypeError(f"{owner} must not hold {tensor.dtype} on XLA, which gives it back as a signed integer "
+                                f"of that size. Cast it: tensor.to(torch.{wider}), or array.astype('{wider}').")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +114,10 @@ class ModelFnCall:
                             f"{list(loss.shape)}.")
         if self.mode is ModeKeys.PREDICT and self.on_xla:
             _check_predictions(spec.predictions, self.batch_size)
+        if self.on_xla and isinstance(spec, TPUEstimatorSpec):
+            metrics, host_call = spec.eval_metrics or (None, ()), spec.host_call or (None, ())
+            check_unsigned("the spec", [tensor for tensor in pytree.tree_leaves(
+                [spec.predictions, metrics[1], host_call[1]]) if isinstance(tensor, Tensor)])
 
 
 def _check_predictions(predictions: Any, batch_size: int | None) -> None:

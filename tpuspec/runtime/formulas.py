@@ -7,6 +7,7 @@ hold for the whole process, also outside a Trainer; tensors of the CPU are not t
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ def register_formulas() -> torch.library.Library:
         "linalg_svdvals": _svdvals, "nuclear_norm": _nuclear_norm, "nuclear_norm.dim": _nuclear_norm}
     for name, formula in formulas.items():
         library.impl(name, formula, _KEY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the override
+        library.impl("randperm", _randperm, "XLA", allow_override=True)
     return library
 
 
@@ -57,6 +61,12 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_m
     if bias is not None:
         out = out + bias.reshape(shape)
     return out.to(x.dtype)
+
+
+def _randperm(n: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: Any) -> Tensor:
+    """XLA's own draws from no seed. Of 2**31 keys hardly two are equal, and then the first stays before the second."""
+    keys = torch.randint(0, 2**31 - 1, (n,), device=device)
+    return torch.argsort(keys, stable=True).to(dtype or torch.int64)
 
 
 def _vdot(one: Tensor, other: Tensor) -> Tensor:
