@@ -98,6 +98,20 @@ def test_tae_14_hooks_can_be_combined_and_end_a_real_training(tmp_path):
     assert metrics["global_step"] == 2
 
 
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_tae_14_better_a_run_that_is_started_again_after_its_early_stop_does_not_train_on(use_tpu, tmp_path):
+    def run():
+        made = make_trainer(tmp_path, use_tpu=use_tpu, config=make_config(save_checkpoints_steps=2))
+        hooks = [early_stopping.stop_if_lower_hook(made, "loss", 1e9, run_every_secs=0)]
+        results = tpuspec.train_and_evaluate(
+            made, TrainSpec(input_fn, 100, hooks=hooks), EvalSpec(input_fn, throttle_secs=0))
+        return made.global_step(), results
+
+    stopped_at, results = run()
+    assert results[0]["global_step"] == stopped_at < 100
+    assert run() == (stopped_at, (None, None))
+
+
 def test_tae_15_something_else_than_a_trainer_is_refused():
     with pytest.raises(TypeError, match="`trainer` must have type tpuspec.Trainer; got str"):
         early_stopping.make_early_stopping_hook("x", lambda: True)

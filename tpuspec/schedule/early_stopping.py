@@ -30,11 +30,12 @@ class HasModelDir(Protocol):
 
 def make_early_stopping_hook(trainer: HasModelDir, should_stop_fn: Callable[[], bool],
                              run_every_secs: float | None = 60, run_every_steps: int | None = None) -> SessionRunHook:
-    """Returns a hook that asks a function behind loops of training whether to stop; of several hosts one is enough.
+    """Returns a hook that asks a function after loops of training whether to stop; of several hosts one is enough.
 
     Args:
       trainer: the Trainer that trains.
-      should_stop_fn: asked behind the first loop, and then in the distance below.
+      should_stop_fn: asked before a training that goes on from a checkpoint, after the first loop, and then in the
+        distance below.
       run_every_secs: least seconds between two questions; None where steps count.
       run_every_steps: least steps between them.
 
@@ -72,6 +73,11 @@ class StopHook(SessionRunHook):
         self._clock = clock
         self._asked: tuple[float, int] | None = None
 
+    def begin(self, context: HookContext) -> None:
+        """Asks where training goes on from a checkpoint: what ended the run before ends this one, untrained."""
+        if context.step:
+            self._ask(context)
+
     def after_run(self, context: HookContext) -> None:
         """Asks, if it is time."""
         now = self._clock()
@@ -80,6 +86,9 @@ class StopHook(SessionRunHook):
             if seconds < self._every_secs if self._every_secs is not None else steps < (self._every_steps or 0):
                 return
         self._asked = now, context.step
+        self._ask(context)
+
+    def _ask(self, context: HookContext) -> None:
         if self._should_stop():
             logger.info("early stopping asks for the end at step %d.", context.step)
             context.request_stop()
