@@ -1,9 +1,17 @@
 import re
 
 import pytest
+import torch
 
 import tpuspec
 from tpuspec import CaptureMode, InputPipelineConfig
+
+_TYPED = """
+{model_fn: recipes.digits.model_fn, input_fn: recipes.digits.input_fn, model: recipes.digits.model, run: {max_steps: 3},
+optimizer: {_target_: torch.optim.AdamW, lr: 0.1},
+params: {flag: true, opt: null, rate: 0.5, count: 3, word: gelu, sizes: [1.0], deep: {flag: true, rate: 0.5},
+         zero: 0, late: '${params.count}'}}
+"""
 
 
 def refused(command, capsys, folder, *arguments):
@@ -73,6 +81,48 @@ def test_unknown_key_is_named_with_the_nearest_one(command, capsys, folder, argu
 ])
 def test_wrong_value_is_one_clear_message(command, capsys, folder, argument, message):
     assert message in refused(command, capsys, folder, "config=digits", argument)
+
+
+@pytest.mark.parametrize(("argument", "name", "value"), [
+    ("params.flag=off", "flag", False), ("params.flag=ON", "flag", True), ("params.flag=no", "flag", False),
+    ("params.flag=0", "flag", False), ("params.word=off", "word", "off"), ("params.opt=None", "opt", None),
+    ("params.opt=off", "opt", False), ("+params.new=yes", "new", True), ("params.word=None", "word", None),
+    ("params.rate=1", "rate", 1.0), ('params.rate="1e-3"', "rate", 0.001), ("params.count=1e2", "count", 100),
+    ("params.count=null", "count", None), ("params.opt=[1,a]", "opt", [1, "a"]), ("params.sizes=[3]", "sizes", [3.0]),
+    ('params.word="1.10"', "word", "1.10"), ("params.deep.flag=off", "deep", {"flag": False, "rate": 0.5}),
+    ("params.late=7", "late", 7), ("params.zero=0.5", "zero", 0.5),
+])
+def test_value_of_params_takes_the_type_of_its_default(command, calls, user_config, argument, name, value):
+    directory = user_config(_TYPED)
+    assert command("config=mine", "--config-dir", str(directory), argument) == 0
+    got = calls.made[0]["params"][name]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("params.rate=abc", "params.rate must be a number, as its default, 0.5, is, or null; got 'abc'."),
+    ("params.rate=true", "params.rate must be a number"), ("params.count=1.5", "write the default as 3.0 in the"),
+    ("params.count=true", "params.count must be a whole number"), ("params.flag=maybe", "params.flag must be true or"),
+    ("params.flag=2", "params.flag must be true or false"), ("params.word=1.10", "quote it twice: 'params.word="),
+    ("params.sizes=3", "params.sizes must be a list"), ("params.sizes=[a]", "params.sizes[0] must be a number"),
+    ("params.deep=3", "params.deep must be a mapping"), ("params.deep.rate=x", "params.deep.rate must be a number"),
+    ("optimizer.lr=abc", "optimizer.lr must be a number"),
+])
+def test_value_of_another_type_than_its_default_is_refused(command, capsys, folder, user_config, argument, message):
+    directory = user_config(_TYPED)
+    assert message in refused(command, capsys, folder, "config=mine", "--config-dir", str(directory), argument)
+
+
+def test_value_of_another_type_in_a_sweep_runs_no_job(command, calls, capsys, folder):
+    message = refused(command, capsys, folder, "-m", "config=digits", "params.learning_rate=0.1,abc")
+    assert "params.learning_rate must be a number" in message and calls.made == []
+
+
+def test_optimizers_arguments_take_the_types_of_its_class(command, calls, user_config):
+    directory = user_config(_TYPED)
+    assert command("config=mine", "--config-dir", str(directory), "+optimizer.amsgrad=off", "optimizer.lr=1") == 0
+    (group,) = calls.made[0]["optimizer"](torch.nn.Linear(1, 1), {}).param_groups
+    assert group["amsgrad"] is False and group["lr"] == 1.0
 
 
 def test_unknown_mode_lists_the_modes(command, capsys, folder):

@@ -29,7 +29,8 @@ Common settings (any setting that --cfg job prints can be given):
   model_dir=DIR                checkpoints and logs; default runs/NAME; a second run goes on from there
   run.max_steps=500            the step at which training is complete
   run.save_checkpoints_steps=100
-  params.learning_rate=0.003   the config's own parameters; +params.new=1 adds one
+  params.learning_rate=0.003   the config's own parameters, of the types they have there (on, off,
+                               yes and no are booleans, None is null); +params.new=1 adds one
   train_batch_size=128         global batch sizes, over all replicas
   tpu.iterations_per_loop=100  steps between two checks for checkpoints and hooks
   device=cpu                   plain PyTorch on cpu or cuda, without XLA; also of several processes under torchrun

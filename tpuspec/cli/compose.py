@@ -27,11 +27,13 @@ from tpuspec.cli.choices import GROUP, PACKAGED_CONFIGS, Choice, check_choice, f
 from tpuspec.cli.explain import ALLOW, COMPOSITION_ERRORS, explained, unknown_key
 from tpuspec.cli.schema import RunSettings, TrainConfig, check_settings, register_schema, run_config
 from tpuspec.cli.targets import allowed_prefixes
+from tpuspec.cli.values import ABSENT, fit
 from tpuspec.config import TPUConfig
 from tpuspec.errors import ConfigError
 
 _PRIMARY = "train"
 _STRUCTURED = {"": TrainConfig, "run": RunSettings, "tpu": TPUConfig}
+_UNTYPED = ("params", "optimizer", "scheduler")
 _LONGEST_FOLDER_NAME = 120
 
 
@@ -154,10 +156,19 @@ def _draft(overrides: list[str], swept: list[str], number: int, config_dir: Path
             config = compose(_PRIMARY, [*overrides, *search], return_hydra_config=True)
             _check_hydra_untouched(config, choices[choice])
             _resolve(config, number)
+            _fit_values(config, compose(_PRIMARY, [f"{GROUP}={choice}", *search]))
         except COMPOSITION_ERRORS as error:
             raise explained(error, choices, lambda: compose(_PRIMARY, [f"{GROUP}={choice}", *search])) from error
     _check_keys(config)
     return _Draft(choice=choice, swept=swept, config=config)
+
+
+def _fit_values(config: DictConfig, base: DictConfig) -> None:
+    """Holds the data that the schema knows no type of against the types of the chosen file's own."""
+    for key in _UNTYPED:
+        if isinstance(config[key], DictConfig):
+            default = OmegaConf.to_container(base[key], resolve=False) if isinstance(base[key], DictConfig) else ABSENT
+            config[key] = fit(key, OmegaConf.to_container(config[key]), default)
 
 
 def _resolve(config: DictConfig, number: int) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tpuspec.cli.schema import TrainConfig
+from tpuspec.cli.values import ABSENT, fit
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory
 
@@ -176,7 +177,7 @@ def _optimizer_factory(name: str, cls: object, keywords: dict[str, Any]) -> Opti
     if not (inspect.isclass(cls) and issubclass(cls, Optimizer)):
         raise ConfigTypeError(f"optimizer._target_={name} must be a class of optimizers; for a function of "
                               f"(model, params) write optimizer={name}.")
-    _check_keywords("optimizer", name, cls, keywords, given="params")
+    keywords = _checked_keywords("optimizer", name, cls, keywords, given="params")
 
     def make_optimizer(model: nn.Module | None, params: Mapping[str, Any]) -> Optimizer:
         if model is None:
@@ -191,7 +192,7 @@ def _scheduler_factory(name: str, cls: object, keywords: dict[str, Any]) -> Sche
     if not (inspect.isclass(cls) and issubclass(cls, LRScheduler)):
         raise ConfigTypeError(f"scheduler._target_={name} must be a class of schedules; for a function of "
                               f"(optimizer, params) write scheduler={name}.")
-    _check_keywords("scheduler", name, cls, keywords, given="optimizer")
+    keywords = _checked_keywords("scheduler", name, cls, keywords, given="optimizer")
 
     def make_schedule(optimizer: Any, params: Mapping[str, Any]) -> LRScheduler:
         if not isinstance(optimizer, Optimizer):
@@ -202,10 +203,20 @@ def _scheduler_factory(name: str, cls: object, keywords: dict[str, Any]) -> Sche
     return make_schedule
 
 
-def _check_keywords(setting: str, name: str, cls: type, keywords: Mapping[str, Any], *, given: str) -> None:
+def _checked_keywords(setting: str, name: str, cls: type, keywords: Mapping[str, Any], *,
+                      given: str) -> dict[str, Any]:
+    """Returns the keywords as the types of the class's own defaults."""
     parameters = inspect.signature(cls).parameters
     known = [key for key in parameters if key != given]
     unknown = [key for key in keywords if key not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument"
                           f"{did_you_mean(unknown[0], known) or '; it takes ' + ', '.join(known)}")
+    return {key: fit(f"{setting}.{key}", value, _default_of(parameters.get(key))) for key, value in keywords.items()}
+
+
+def _default_of(parameter: inspect.Parameter | None) -> Any:
+    if parameter is None or parameter.default is parameter.empty:
+        return ABSENT
+    # torch writes whole numbers for rates too: LBFGS(lr=1).
+    return 0 if type(parameter.default) is int else parameter.default
