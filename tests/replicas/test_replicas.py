@@ -302,6 +302,37 @@ def test_a_hook_may_set_the_first_replicas_learning_rate_for_all(tmp_path):
         assert torch.equal(weights(trainer)[1][name], tensor)
 
 
+def test_a_hook_may_freeze_and_unfreeze_layers_and_add_groups_on_the_first_replica_for_all(tmp_path):
+    class Turn(SessionRunHook):
+        def after_run(self, context):
+            if context.step == 10:
+                context.model[0].requires_grad_(True)
+                made[0].add_param_group({"params": list(context.model[0].parameters()), "lr": 0.02})
+            if context.step == 20:
+                context.model[2].requires_grad_(False)
+
+    def frozen(params):
+        model = net()
+        model[0].requires_grad_(False)
+        return model
+
+    def last_layer(model, params):
+        made.append(torch.optim.SGD(model[2].parameters(), lr=0.1))
+        return made[-1]
+
+    found = []
+    for num_shards in (1, 2):
+        made: list[torch.optim.Optimizer] = []
+        trainer = make(num_shards, tmp_path / str(num_shards), model=frozen, optimizer=last_layer)
+        trainer.train(input_fn, steps=30, hooks=[Turn()])
+        found.append(trainer._sessions[True].model_state())
+        models = [replica.model for replica in trainer._sessions[True].replicas]
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            assert all(torch.equal(one.detach().cpu(), parameters[0].detach().cpu()) for one in parameters)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_fault_18_checkpoints_of_replicas_resume_on_another_number_of_them(tmp_path):
     def listed(params, mode):
         return list(itertools.islice(input_fn(params, mode), 30))

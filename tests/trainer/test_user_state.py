@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tpuspec import CrossShardOptimizer, RunConfig, SessionRunHook, TPUConfig, TPUEstimatorSpec, Trainer
-from tpuspec.errors import ConfigError, InputError
+from tpuspec.errors import CheckpointError, ConfigError, InputError
 
 BATCH = 4
 
@@ -132,6 +132,47 @@ def test_tensors_that_share_memory_are_refused_by_name(how, tmp_path):
 @pytest.mark.parametrize("how", ["nothing", "parts of one vector"])
 def test_tensors_that_only_lie_side_by_side_are_trained(how, tmp_path):
     make(lambda params: Shared(how), tmp_path).train(input_fn, steps=3)
+
+
+class Unfreeze(SessionRunHook):
+    """Unfreezes the first layer once, after ten steps, with a rate of its own."""
+
+    def after_run(self, context):
+        if context.step == 10:
+            layer = context.model[0].requires_grad_(True)
+            MADE[-1].add_param_group({"params": list(layer.parameters()), "lr": 0.02})
+
+
+MADE: list[torch.optim.Optimizer] = []
+
+
+def frozen_at_first(params):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    return model
+
+
+def last_layer(model, params):
+    MADE.append(torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9))
+    return MADE[-1]
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_a_group_that_a_hook_added_survives_a_resume(use_tpu, tmp_path):
+    whole = make(frozen_at_first, tmp_path / "whole", optimizer=last_layer, use_tpu=use_tpu)
+    whole.train(input_fn, max_steps=30, hooks=[Unfreeze()])
+    for steps in (20, 30):
+        trainer = make(frozen_at_first, tmp_path / "parts", optimizer=last_layer, use_tpu=use_tpu)
+        trainer.train(input_fn, max_steps=steps, hooks=[Unfreeze()])
+    groups = trainer._sessions[use_tpu].replicas[0].optimizers[""].param_groups
+    assert [group["lr"] for group in groups] == [0.1, 0.02]
+    for name, value in whole._sessions[use_tpu].model_state().items():
+        assert torch.equal(value, trainer._sessions[use_tpu].model_state()[name]), name
+    fewer = make(lambda params: nn.Sequential(nn.Identity(), nn.Linear(4, 4)), tmp_path / "parts",
+                 optimizer=last_layer, use_tpu=use_tpu)
+    with pytest.raises(CheckpointError, match="Restoring from checkpoint failed"):
+        fewer.train(input_fn, max_steps=40)
 
 
 def test_hooks_and_attributes_of_parameters_move_with_them(tmp_path):

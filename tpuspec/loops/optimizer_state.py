@@ -1,7 +1,8 @@
 """An optimizer's state in a checkpoint: checked before it is loaded.
 
 Hyper-parameters are those that this run asks for, where it asks for others than the saved run did. Else they are the
-saved ones: a hook may have changed them.
+saved ones: a hook may have changed them. Groups that a hook added, as where layers are unfrozen one by one, are added
+anew.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpuspec.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_CLASS, _ASKED = "class", "asked"
+_CLASS, _ASKED, _ADDED = "class", "asked", "added"
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -25,9 +27,39 @@ def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             for group in optimizer.param_groups]
 
 
-def read_optimizer(optimizer: torch.optim.Optimizer, asked: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the state dict with the name of the optimizer's class, and the hyper-parameters that it was made with."""
-    return {_CLASS: type(optimizer).__name__, _ASKED: asked, **optimizer.state_dict()}
+def read_optimizer(optimizer: torch.optim.Optimizer, asked: list[dict[str, Any]],
+                   model: nn.Module | None) -> dict[str, Any]:
+    """Returns the state dict with the optimizer's class, the hyper-parameters it was made with, and groups added since.
+
+    Of these the names of their parameters are kept, with whether each requires a gradient.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()} if model is not None else {}
+    added = [[[names[parameter], parameter.requires_grad] for parameter in group["params"] if parameter in names]
+             for group in optimizer.param_groups[len(asked):]]
+    return {_CLASS: type(optimizer).__name__, _ASKED: asked, **({_ADDED: added} if added else {}),
+            **optimizer.state_dict()}
+
+
+def add_groups(optimizer: torch.optim.Optimizer, model: nn.Module | None, saved: Mapping[str, Any]) -> None:
+    """Adds the groups that a hook of the saved run added, unless they are there.
+
+    Raises:
+      CheckpointError: the model has no such parameter, or another group has it.
+    """
+    added = saved.get(_ADDED, [])
+    first = len(saved["param_groups"]) - len(added)
+    if len(optimizer.param_groups) != first:
+        return
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    for names, group in zip(added, saved["param_groups"][first:], strict=True):
+        try:
+            found = [parameters[name].requires_grad_(requires_grad) for name, requires_grad in names]
+            optimizer.add_param_group({**group, "params": found})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"Restoring from checkpoint failed: a hook of the saved run added a group of the parameters "
+                f"{[name for name, _ in names]} to {type(optimizer).__name__}, which cannot be added here: "
+                f"{error}.") from error
 
 
 def check_optimizer_state(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

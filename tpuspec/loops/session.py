@@ -21,6 +21,7 @@ from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
 from tpuspec.loops.optimizer_state import (
+    add_groups,
     check_optimizer_state,
     hyper_parameters,
     load_optimizer,
@@ -273,7 +274,7 @@ class Session:
 
     def training_state(self, scaffold: Scaffold, of_input: ProcessRandomState | None = None) -> TrainingState:
         """Reads everything that a later run goes on from; see read_random_state."""
-        optimizers = {name: read_optimizer(optimizer, self._asked[name])
+        optimizers = {name: read_optimizer(optimizer, self._asked[name], self.module)
                       for name, optimizer in self.replicas[0].optimizers.items()}
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
                              optimizers=_own(self.backend.fetch(optimizers), optimizers),
@@ -307,6 +308,9 @@ class Session:
         if names != set(state.optimizers):
             raise CheckpointError(f"Restoring from checkpoint failed: it holds the optimizers "
                                   f"{sorted(state.optimizers)}, the Trainer has {sorted(names)}, a mismatch.")
+        for replica in self.replicas:
+            for name, optimizer in replica.optimizers.items():
+                add_groups(optimizer, replica.model, state.optimizers[name])
         for name, optimizer in self.replicas[0].optimizers.items():
             check_optimizer_state(name, optimizer, state.optimizers[name])
         self.load_model(state.model, scaffold)

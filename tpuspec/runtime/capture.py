@@ -22,6 +22,7 @@ from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import told_read
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
+from tpuspec.runtime.optimizer_places import follow
 from tpuspec.runtime.program import Program, moved_numbers
 from tpuspec.runtime.python_state import Memory, Snapshot, changed
 from tpuspec.runtime.recording import (
@@ -196,13 +197,9 @@ class CapturedStep:
             self._settings = None
 
     def _follow_first_replica(self) -> None:
-        """Gives hyper-parameters that a hook or a schedule set on the first replica to the others."""
+        """Gives what a hook or a schedule set on the first replica to the others."""
         for replica in self._replicas[1:]:
-            for name, optimizer in replica.optimizers.items():
-                for own, first in zip(
-                        optimizer.param_groups, self._replicas[0].optimizers[name].param_groups, strict=True):
-                    own.update({key: value for key, value in first.items()
-                                if key != "params" and not isinstance(value, Tensor)})
+            follow(replica, self._replicas[0])
 
     def _trace(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
         """Runs a step by tracing it; makes it a program if that is safe; says what it costs if it is compiled anew."""
