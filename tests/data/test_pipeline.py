@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from tpuspec.data.pipeline import HostBatch, InputPipeline, InputSettings
 from tpuspec.errors import ConfigError, InputError, InputTypeError
 from tpuspec.spec.backend import Topology
 from tpuspec.spec.mode import ModeKeys
+from tpuspec.spec.results import Batch
 from tpuspec.testing import ManualClock
 
 TRAIN, EVAL, PREDICT = ModeKeys.TRAIN, ModeKeys.EVAL, ModeKeys.PREDICT
@@ -389,3 +391,52 @@ def test_training_batches_reach_the_replicas_whole_and_in_order(num_batches, per
     rows = list(itertools.chain.from_iterable(
         replica.features.tolist() for batch in made for replica in batch.replicas[:len(batch.replicas) // copies]))
     assert rows == [float(i + 1) for i in range(num_batches * per_replica * replicas)]
+
+
+class Named(torch.utils.data.Dataset):
+    """Rows with a name, a remark that may be None, and an array of the other byte order."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        return {"x": np.array([i], ">f4"), "name": f"row {i}", "remark": None if i % 2 else "even"}
+
+
+def test_strings_of_the_features_stay_on_the_host_in_the_order_of_the_real_rows():
+    batches = list(pipeline(lambda params: Named(), mode=PREDICT))
+    assert [batch.kept["name"] for batch in batches] == [[f"row {i}" for i in rows] for rows in (range(4), (4, 5))]
+    assert [batch.kept["remark"] for batch in batches] == [["even", None, "even", None], ["even", None]]
+    assert [sorted(replica.features) for batch in batches for replica in batch.replicas] == [["x"]] * 4
+    assert real_rows([HostBatch(replicas=[Batch(features=replica.features["x"][:, 0]) for replica in batch.replicas],
+                                rows=batch.rows) for batch in batches]) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_strings_of_the_features_are_no_input_of_training():
+    batch = next(pipeline(lambda params: Named(), mode=TRAIN))
+    assert batch.kept == {"name": [], "remark": []} and sorted(batch.replicas[0].features) == ["x"]
+
+
+@pytest.mark.parametrize(("second", "message"), [
+    ({"x": torch.ones(4, 1)}, r"features\['name'\] must hold strings or None in every batch"),
+    ({"x": torch.ones(4, 1), "name": ["a"]}, r"features\['name'\] must have one string a row; got 1 for 4 rows"),
+])
+def test_strings_must_be_one_a_row_in_every_batch(second, message):
+    batches = pipeline(lambda params: [{"x": torch.ones(4, 1), "name": list("abcd")}, second], mode=PREDICT)
+    next(batches)
+    with pytest.raises(InputError, match=message):
+        next(batches)
+
+
+def test_rows_of_a_dataset_that_cannot_be_stacked_name_the_feature():
+    rows = [({"x": torch.ones(1 + i % 2)}, torch.ones(1)) for i in range(8)]
+
+    class Ragged(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, i: int) -> Any:
+            return rows[i]
+
+    with pytest.raises(InputTypeError, match=r"features\['x'\]: the rows of the Dataset cannot be stacked"):
+        next(pipeline(lambda params: Ragged(), mode=PREDICT))

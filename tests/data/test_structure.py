@@ -1,3 +1,5 @@
+from collections import UserDict
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +81,7 @@ def test_arrays_of_strings_objects_and_dates_are_refused_by_name(array):
         to_host_batch({"words": array})
 
 
-@pytest.mark.parametrize(("leaf", "kind"), [("text", "str"), (1.5, "float"), (None, "NoneType"), ({1}, "set")])
+@pytest.mark.parametrize(("leaf", "kind"), [("text", "str"), (1.5, "float"), ({1}, "set")])
 def test_a_leaf_that_is_no_tensor_is_refused_by_name_and_kind(leaf, kind):
     with pytest.raises(InputTypeError, match=rf"labels\['y'\]\[1\] must be a tensor or an array .*got {kind}"):
         to_host_batch((ones(2), {"y": (ones(2), leaf)}))
@@ -164,3 +166,30 @@ def test_a_short_training_batch_says_how_to_drop_it():
 def test_a_batch_without_rows_is_an_error(exact):
     with pytest.raises(InputError, match="yielded a batch without rows"):
         checker(exact=exact).check(Batch(features=ones(0, 2)))
+
+
+def test_arrays_of_the_other_byte_order_keep_their_values():
+    batch = to_host_batch({"x": np.array([1, 2], ">i4"), "y": np.array([0.5, 1.5], ">f8")})
+    assert batch.features["x"].dtype == torch.int32 and batch.features["x"].tolist() == [1, 2]
+    assert batch.features["y"].tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(("dtype", "mend"), [(np.longdouble, "float64"), (np.clongdouble, "complex128")])
+def test_numbers_that_torch_does_not_have_are_named(dtype, mend):
+    with pytest.raises(InputTypeError, match=rf"features\['x'\] must be of a dtype .*astype\('{mend}'\)"):
+        to_host_batch({"x": np.ones(2, dtype)})
+
+
+def test_mappings_that_torch_does_not_know_become_dicts_and_none_stays():
+    class Encoding(UserDict[str, torch.Tensor]):
+        """As transformers' BatchEncoding."""
+
+    batch = to_host_batch((Encoding({"ids": ones(2, 3), "mask": None}), MappingProxyType({"y": ones(2)})))
+    assert type(batch.features) is dict and batch.features["mask"] is None and type(batch.labels) is dict
+    assert count_rows(batch) == 2 and checker().check(batch) == 2
+    assert batch.map(lambda tensor: tensor + 1).features["mask"] is None
+
+
+def test_features_of_none_alone_have_no_tensor():
+    with pytest.raises(InputError, match="features without any tensor"):
+        to_host_batch({"x": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -25,6 +26,24 @@ def test_predictions_keep_the_order_and_show_no_padding(tmp_path):
     batches = list(trainer.predict(rows_input(10), yield_single_examples=False, predict_keys=["y", "unknown"]))
     assert [list(batch) for batch in batches] == [["y"]] * 3
     assert [len(batch["y"]) for batch in batches] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("use_tpu", [True, False])
+def test_strings_of_the_features_come_with_the_row_that_they_belong_to(tmp_path, use_tpu):
+    def model_fn(features, mode, params, model):
+        assert features["mask"] is None and sorted(features) == ["mask", "x"]
+        return TPUEstimatorSpec(mode, predictions={"y": model(features["x"]), "x": features["x"]})
+
+    def input_fn(params):
+        x = torch.arange(10.0).reshape(-1, 1)
+        return [UserDict(x=part, mask=None, name=[f"row {int(row)}" for row in part]) for part in x.split(4)]
+
+    trainer = make_trainer(tmp_path, model_fn, use_tpu=use_tpu)
+    rows = list(trainer.predict(input_fn))
+    assert [(row["name"], float(row["x"][0])) for row in rows] == [(f"row {i}", float(i)) for i in range(10)]
+    assert [sorted(row) for row in trainer.predict(input_fn, predict_keys=["name"])] == [["name"]] * 10
+    last = list(trainer.predict(input_fn, yield_single_examples=False))[-1]
+    assert last["name"].tolist() == ["row 8", "row 9"]
 
 
 def test_an_abandoned_prediction_releases_everything(tmp_path):

@@ -16,6 +16,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.batch_axis import BatchAxis, rows_to_axes
 from tpuspec.data.context import InputContext, TPUContext
 from tpuspec.data.deployment import InputCall, InputPlan
+from tpuspec.data.host_values import HostValues, check_host_values, take_host_values
 from tpuspec.data.index_limits import IndexLimits
 from tpuspec.data.known_form import KnownForm
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
@@ -39,11 +40,13 @@ class HostBatch:
       replicas: one batch a local replica, all of one shape where shapes are static.
       rows: which rows are real, in replica order.
       position: where each call of input_fn stands behind this batch, for a checkpoint.
+      kept: strings of the features, in the order of the real rows; without values where that is not prediction.
     """
 
     replicas: list[Batch]
     rows: StepRows
     position: list[Position] = field(default_factory=list)
+    kept: HostValues = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +141,11 @@ class InputPipeline:
         position = [feed.position() for feed in self._feeds] if self._settings.mode is ModeKeys.TRAIN else []
         if self._rows is None or mask is not self._rows.mask:  # full batches share one
             self._rows = StepRows(mask=mask, num_rows=int(mask.sum()))
-        return HostBatch(replicas=batches, rows=self._rows, position=position)
+        return HostBatch(replicas=batches, rows=self._rows, position=position, kept=self._take_kept())
+
+    def _take_kept(self) -> HostValues:
+        taken = [feed.take_kept() for feed in self._feeds]
+        return {name: [value for kept in taken for value in kept.get(name, ())] for name in (taken[0] if taken else ())}
 
     def close(self) -> None:
         """Lets go of the input, also before its end: workers of a DataLoader end."""
@@ -163,7 +170,7 @@ class _Feed:
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
         self._is_training = settings.mode is ModeKeys.TRAIN
-        self._drops_labels = settings.mode is ModeKeys.PREDICT
+        self._drops_labels = self._keeps = settings.mode is ModeKeys.PREDICT
         topology = settings.topology
         if call.batch_size is not None:
             params["batch_size"] = call.batch_size
@@ -195,6 +202,14 @@ class _Feed:
         # A Dataset's rows are collated along axis 0; other inputs yield batches as they are to be.
         self._is_collated = isinstance(source, Dataset)
         self._last: Batch | None = None
+        # Columns of strings: their names in the first batch, and the values since they were last taken.
+        self._columns: tuple[str, ...] = ()
+        self._kept: HostValues = {}
+
+    def take_kept(self) -> HostValues:
+        """Returns the strings of the features that were drawn since the last call, by column."""
+        kept, self._kept = self._kept, {name: [] for name in self._columns}
+        return kept
 
     def position(self) -> Position:
         """Returns where the input stands."""
@@ -242,13 +257,24 @@ class _Feed:
         except StopIteration:
             return None
         known = self._known.batch(element)
-        batch = self._with_axes(to_host_batch(element)) if known is None else known
+        kept: HostValues = {}
+        if known is None:
+            element, kept = take_host_values(element)
+            batch = self._with_axes(to_host_batch(element))
+        else:
+            batch = known
         if self._drops_labels:
             batch = Batch(features=batch.features)
         if known is not None:
+            check_host_values({}, self._columns, 0)
             self._last = batch
             return batch, self._full_mask
         num_real = count_rows(batch, self._axes) if self._checker is None else self._checker.check(batch, self._axes)
+        if self._last is None:
+            self._columns = tuple(kept)
+        check_host_values(kept, self._columns, num_real)
+        for name, values in kept.items():
+            self._kept.setdefault(name, []).extend(values if self._keeps else ())
         if self._precision is not None:
             batch = batch.map(lambda tensor: cast_tensor(tensor, self._precision))
         self._last = batch
@@ -258,7 +284,8 @@ class _Feed:
         if num_real < self._call.batch_size:
             self._known.forget()
             return pad_batch(batch, self._call.batch_size, self._axes), row_mask(num_real, self._call.batch_size)
-        self._known.learn(element, batch)
+        if not kept:
+            self._known.learn(element, batch)
         return batch, self._full_mask
 
     def _with_axes(self, batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from tpuspec.data.host_values import collate_rows
 from tpuspec.data.share import Share
 from tpuspec.data.workers import WorkerBatches, start_iterator
 from tpuspec.errors import CheckpointError
@@ -102,7 +103,7 @@ class ShuffledBatches:
                        for batch in self._share.of(step, self._batch_size)]
             # A generator of its own: a DataLoader would otherwise draw from torch's global random state.
             own = torch.Generator().manual_seed(seed)
-            loader = DataLoader(self._dataset, batch_sampler=batches, generator=own)
+            loader = DataLoader(self._dataset, collate_fn=collate_rows, batch_sampler=batches, generator=own)
             for number, batch in enumerate(loader, start=1):
                 # Those of a step over all calls, at its last batch: the position is then the same for every call.
                 self._rows += size if number % self._share.batches_per_step == 0 else 0

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset
+
+from tpuspec.data.host_values import collate_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +51,5 @@ def shared_batches(dataset: Any, share: Share, batch_size: int) -> Iterator[Any]
     num_rows, step_size = len(dataset), share.step_size(batch_size)
     for first in range(0, num_rows, step_size):
         for own in share.of(range(first, min(first + step_size, num_rows)), batch_size):
-            batch = default_collate([dataset[i] for i in own or [0]])
+            batch = collate_rows([dataset[i] for i in own or [0]])
             yield batch if own else pytree.tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) else leaf, batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from tpuspec.data.host_values import collate_rows
 from tpuspec.data.position import (
     Batches,
     ListBatches,
@@ -91,10 +92,12 @@ def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int |
     if isinstance(dataset, IterableDataset):
         if is_stateful(dataset):
             start = check_start(start, "state", strict=strict)
-            loader = DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator)
+            loader = DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator,
+                                collate_fn=collate_rows)
             return StatefulBatches(dataset, start, loader)
         check_start(start, "iterable", strict=strict)
-        return Batches(DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator))
+        return Batches(DataLoader(dataset, batch_size=batch_size, drop_last=training, generator=generator,
+                                  collate_fn=collate_rows))
     num_rows = len(dataset)  # type: ignore[arg-type]
     step_size = batch_size if share is None else share.step_size(batch_size)
     if training and 0 < num_rows < step_size:
@@ -103,6 +106,6 @@ def _dataset_batches(dataset: Dataset[Any], *, mode: ModeKeys, batch_size: int |
     if not training and share is not None:
         return Batches(shared_batches(dataset, share, batch_size))
     if not training:
-        return Batches(DataLoader(dataset, batch_size=batch_size, generator=generator))
+        return Batches(DataLoader(dataset, collate_fn=collate_rows, batch_size=batch_size, generator=generator))
     start = check_start(start, "dataset", num_rows=num_rows, strict=strict)
     return ShuffledBatches(dataset, batch_size, seed, start, share or Share())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tpuspec.data.host_values import native_array, plain_mappings
 from tpuspec.errors import InputError, InputTypeError
 from tpuspec.spec.results import Batch
 
@@ -41,16 +42,16 @@ def split_labels(element: Any) -> tuple[Any, Any]:
 
 
 def to_host_batch(element: Any) -> Batch:
-    """Turns what an input yields into a Batch of CPU tensors of the same nesting.
+    """Turns what an input yields into a Batch of CPU tensors of the same nesting; None stays where it is.
 
     Raises:
       InputError: a tuple that is no pair, or no tensor at all.
       InputTypeError: a leaf is no tensor or array, or an array of objects or strings.
     """
-    features, labels = split_labels(element)
+    features, labels = split_labels(plain_mappings(element))
     batch = Batch(features=_convert("features", features),
                   labels=None if labels is None else _convert("labels", labels))
-    if not pytree.tree_leaves(batch.features):
+    if not Batch(features=batch.features).tensors():
         raise InputError("input_fn yielded features without any tensor.")
     return batch
 
@@ -59,18 +60,20 @@ def _convert(kind: str, tree: Any) -> Any:
     return pytree.tree_map_with_path(lambda path, leaf: _to_tensor(kind + pytree.keystr(path), leaf), tree)
 
 
-def _to_tensor(name: str, leaf: object) -> Tensor:
+def _to_tensor(name: str, leaf: Any) -> Tensor | None:
+    if leaf is None:
+        return None
     if isinstance(leaf, Tensor):
         if leaf.layout != torch.strided:
             raise InputTypeError(f"{name} must be a dense tensor; got {leaf.layout}. Call to_dense().")
         return leaf.detach() if leaf.device.type == "cpu" else leaf.detach().cpu()
     if isinstance(leaf, np.ndarray):
-        if leaf.dtype.kind not in "biufc":
-            raise InputTypeError(f"{name} must be an array of numbers or booleans; got dtype {leaf.dtype}. "
-                                 "Encode strings and objects as numbers in input_fn.")
+        leaf = native_array(name, leaf)
         return torch.from_numpy(leaf if leaf.flags.writeable and leaf.flags.c_contiguous else leaf.copy())
     mend = (f" Register the dataclass: torch.export.register_dataclass({type(leaf).__name__})."
-            if dataclasses.is_dataclass(leaf) else "")
+            if dataclasses.is_dataclass(leaf) else
+            " A column of strings, one a row, stands in a dict of features; predict() passes it on."
+            if isinstance(leaf, str | bytes) else "")
     raise InputTypeError(f"{name} must be a tensor or an array [batch, ...]; got {type(leaf).__name__}.{mend}")
 
 
@@ -80,14 +83,16 @@ def named_leaves(batch: Batch) -> dict[str, Tensor]:
     for kind, tree in (("features", batch.features), ("labels", batch.labels)):
         if tree is not None:
             for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-                named[kind + pytree.keystr(path)] = leaf
+                if leaf is not None:
+                    named[kind + pytree.keystr(path)] = leaf
     return named
 
 
 def map_named(batch: Batch, fn: Callable[[str, Tensor], Tensor]) -> Batch:
     """Returns a batch of the same nesting with `fn` applied to every name and tensor."""
     def map_tree(kind: str, tree: Any) -> Any:
-        return pytree.tree_map_with_path(lambda path, leaf: fn(kind + pytree.keystr(path), leaf), tree)
+        return pytree.tree_map_with_path(
+            lambda path, leaf: None if leaf is None else fn(kind + pytree.keystr(path), leaf), tree)
 
     return Batch(features=map_tree("features", batch.features),
                  labels=None if batch.labels is None else map_tree("labels", batch.labels))

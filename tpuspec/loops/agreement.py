@@ -17,6 +17,7 @@ from tpuspec.data.deployment import InputPlan
 from tpuspec.data.pipeline import HostBatch, InputPipeline
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import ProcessRandomState
+from tpuspec.errors import InputError
 from tpuspec.host.drain import DrainedStep
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.spec.backend import Topology
@@ -153,6 +154,9 @@ class AgreedInput(InputEnd):
 
     def __next__(self) -> HostBatch:
         batch = self._draw()
+        if batch is not None and any(batch.kept.values()):
+            raise InputError(f"features[{next(iter(batch.kept))!r}] holds strings, which predict() passes on within "
+                             "one host only; this run has several. Leave them out, or give each row a number.")
         own = None if batch is None else self._counts(batch)
         answers = self._coordinator.exchange(own, name="the next batch")
         if _STOP in answers:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tpuspec import summary
+from tpuspec.data.host_values import HostValues
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.errors import ConfigError, SpecError
 from tpuspec.host.drain import Drain, DrainedStep
@@ -57,6 +58,7 @@ class PredictLoop:
     global_step: int
     input_end: InputEnd = field(default_factory=InputEnd)
     _arrived: deque[DrainedStep] = field(default_factory=deque, init=False)
+    _kept: dict[int, HostValues] = field(default_factory=dict, init=False)
 
     def run(self) -> Generator[DrainedStep, None, None]:
         """Predicts; yields each step's outputs on the host."""
@@ -68,6 +70,8 @@ class PredictLoop:
                     with drawing(self.input_end):
                         batch = next(self.batches, None)
                     if batch is not None:
+                        if any(batch.kept.values()):
+                            self._kept[number] = batch.kept
                         drain.submit(number, self.step(self.backend.feed(batch.replicas)), batch.rows)
                 except Exception as error:
                     mark_step(error, number)
@@ -79,6 +83,10 @@ class PredictLoop:
                 raise failure
             if not self.hooks.context.stop_requested:
                 self.executor.check()
+
+    def take_kept(self, step: DrainedStep) -> HostValues:
+        """Returns the strings of the features of a step that was yielded."""
+        return self._kept.pop(step.step, {})
 
     def _yield_arrived(self, *, left: int) -> Generator[DrainedStep, None, None]:
         """Yields what is there, and waits for more until at most `left` steps are under way."""
@@ -101,8 +109,13 @@ class PredictLoop:
         self._arrived.append(step)
 
 
-def select_predictions(predictions: Any, predict_keys: Sequence[str] | None) -> Any:
+def select_predictions(predictions: Any, predict_keys: Sequence[str] | None, kept: HostValues | None = None) -> Any:
     """Returns the named predictions as arrays, or all of them.
+
+    Args:
+      predictions: host tensors, a dict or one.
+      predict_keys: names to return; None returns all.
+      kept: columns of strings that join a dict of predictions, unless it has their names.
 
     Raises:
       ConfigError: names are given but the predictions are a single tensor, or no name is among them.
@@ -111,12 +124,14 @@ def select_predictions(predictions: Any, predict_keys: Sequence[str] | None) -> 
         if predict_keys is not None:
             raise ConfigError("predict_keys argument is not valid in case of non-dict predictions.")
         return to_numpy(predictions[0] if isinstance(predictions, list) else predictions)
+    columns = {key: np.array(values, dtype=object) for key, values in (kept or {}).items() if key not in predictions}
     if predict_keys is None:
-        return {key: to_numpy(tensor) for key, tensor in predictions.items()}
+        return {key: to_numpy(tensor) for key, tensor in predictions.items()} | columns
     chosen = {key: to_numpy(tensor) for key, tensor in predictions.items() if key in predict_keys}
+    chosen |= {key: values for key, values in columns.items() if key in predict_keys}
     if not chosen:
-        raise ConfigError(f"Expected to run at least one output from {sorted(predictions)}; got predict_keys="
-                          f"{list(predict_keys)}.")
+        raise ConfigError(f"Expected to run at least one output from {sorted([*predictions, *columns])}; got "
+                          f"predict_keys={list(predict_keys)}.")
     return chosen
 
 

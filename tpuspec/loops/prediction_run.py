@@ -58,6 +58,7 @@ class PredictionRun:
             stack.push(ends_input(prepared.input_end))
             with contextlib.closing(loop.run()) as steps:
                 for step in steps:
+                    kept = loop.take_kept(step)
                     if backend.coordinator.is_chief:
-                        predictions = select_predictions(step.join("predictions"), self.predict_keys)
+                        predictions = select_predictions(step.join("predictions"), self.predict_keys, kept)
                         yield from single_examples(predictions) if self.yield_single_examples else (predictions,)

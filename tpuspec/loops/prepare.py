@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from tpuspec.data.position import Position, start_of
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.data.structure import named_leaves
-from tpuspec.errors import ConfigError
+from tpuspec.errors import ConfigError, InputTypeError
 from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
@@ -41,6 +42,20 @@ def warn_of_mixed_precision(batch: Batch, module: nn.Module | None) -> None:
         logger.warning("input_fn yields float64, which is numpy's default, and the model's parameters are %s. XLA does "
                        "not mix them: cast in input_fn, array.astype('float32'), or in model_fn.",
                        ", ".join(sorted(map(str, dtypes))))
+
+
+@contextlib.contextmanager
+def _strings_named(batch: HostBatch) -> Iterator[None]:
+    """Says what became of a column of strings that model_fn asks for."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args and error.args[0] in batch.kept:
+            raise InputTypeError(
+                f"features[{error.args[0]!r}] must be an array of numbers or booleans where model_fn uses it; got a "
+                "column of strings, which stays on the host. Encode strings and objects as numbers in input_fn.",
+            ) from error
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +147,9 @@ class Preparation:
             warn_of_mixed_precision(first.replicas[0], session.module)
             check_model_fn_call(self._model_fn, has_labels=first.replicas[0].labels is not None)
             call = self._model_fn_call()
-            rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
-                                 tried=session.tried_metrics, limits=settings.limits if self._on_xla else None)
+            with _strings_named(first):
+                rehearsal = rehearse(backend, session.replicas[0], call, backend.feed(first.replicas)[0],
+                                     tried=session.tried_metrics, limits=settings.limits if self._on_xla else None)
             settings.limits.check(first.replicas)
             step = session.compiled_step(
                 mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call),

@@ -18,7 +18,8 @@ def form_of(batch: Batch) -> Hashable:
     features, labels = batch.features, batch.labels
     nesting: Hashable = None
     if not (isinstance(features, Tensor) and (labels is None or isinstance(labels, Tensor))):
-        nesting = str(pytree.tree_structure((features, labels)))
+        leaves, structure = pytree.tree_flatten((features, labels))
+        nesting = (str(structure), *(leaf is None for leaf in leaves))
     return (nesting, *((tensor.shape, tensor.dtype) for tensor in batch.tensors()))
 
 

@@ -20,7 +20,7 @@ class Batch:
     """One replica's share of a batch.
 
     Attributes:
-      features: nested dicts, tuples, namedtuples and lists of tensors [batch, ...].
+      features: nested dicts, tuples, namedtuples and lists of tensors [batch, ...] and None.
       labels: likewise, or None.
     """
 
@@ -35,8 +35,8 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Any]) -> Batch:
         """Returns a batch of the same nesting with `fn` applied to every tensor."""
-        return Batch(features=pytree.tree_map(fn, self.features),
-                     labels=None if self.labels is None else pytree.tree_map(fn, self.labels))
+        return Batch(features=pytree.tree_map_only(Tensor, fn, self.features),
+                     labels=None if self.labels is None else pytree.tree_map_only(Tensor, fn, self.labels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
