@@ -307,7 +307,7 @@ def test_scalar_leaf(tmp_path, verb):
     ids=["object", "str", "bytes", "datetime"])
 def test_array_of_objects_or_strings(tmp_path, verb, leaf, got, use_tpu):
     def model_fn(features, labels, mode, params, model, optimizer):
-        return make_spec(mode, model(features["a"]) + features["b"], labels, optimizer)
+        return make_spec(mode, features["b"] + model(features["a"]), labels, optimizer)
 
     with refused(TypeError, r"^features\['b'\] must be an array of numbers or booleans", got,
                  "Encode strings and objects"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ def _strings_named(batch: HostBatch) -> Iterator[None]:
         yield
     except KeyError as error:
         if error.args and error.args[0] in batch.kept:
+            traceback.clear_frames(error.__traceback__)  # tensors of model_fn would run with what runs next
             raise InputTypeError(
                 f"features[{error.args[0]!r}] must be an array of numbers or booleans where model_fn uses it; got a "
                 "column of strings, which stays on the host. Encode strings and objects as numbers in input_fn.",
