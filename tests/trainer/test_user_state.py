@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tpuspec import CrossShardOptimizer, RunConfig, SessionRunHook, TPUConfig, TPUEstimatorSpec, Trainer
+from tpuspec.data.workers import start_iterator
 from tpuspec.errors import CheckpointError, ConfigError, InputError
 
 BATCH = 4
@@ -204,14 +205,33 @@ class Rows(IterableDataset):
             yield torch.full((4,), float(row)), torch.zeros(4)
 
 
-@pytest.mark.parametrize(("shares", "init"), [(False, None), (True, None), (False, lambda worker: None)])
-def test_workers_that_would_all_read_every_row_are_told_of(shares, init, tmp_path):
+class RandomRows(Rows):
+    def __iter__(self):
+        for _ in range(64):
+            yield torch.rand(4), torch.zeros(4)
+
+
+def seed(worker):
+    torch.manual_seed(worker)
+
+
+def share(worker):
+    get_worker_info().dataset.shares = True
+
+
+@pytest.mark.parametrize(("dataset", "init"), [
+    (Rows(True), None), (Rows(True), seed), (Rows(False), share), (RandomRows(False), seed)])
+def test_workers_that_take_a_share_of_the_rows_or_draw_their_own_serve(dataset, init):
+    batches = start_iterator(DataLoader(dataset, batch_size=4, num_workers=2, worker_init_fn=init))
+    rows = [tuple(row.tolist()) for features, _ in batches for row in features]
+    assert len(rows) == len(set(rows)) == (128 if isinstance(dataset, RandomRows) else 64)
+
+
+@pytest.mark.parametrize("init", [None, seed, lambda worker: None])
+def test_workers_that_would_all_read_every_row_are_told_of(init, tmp_path):
     def loader(params):
-        return DataLoader(Rows(shares), batch_size=BATCH, num_workers=2, worker_init_fn=init)
+        return DataLoader(Rows(False), batch_size=BATCH, num_workers=2, worker_init_fn=init)
 
     trainer = make(lambda params: nn.Linear(4, 4), tmp_path, use_tpu=False)
-    if shares or init:
+    with pytest.raises(InputError, match="each of 2 DataLoader workers reads all rows of Rows"):
         trainer.train(loader, steps=3)
-    else:
-        with pytest.raises(InputError, match="each of 2 DataLoader workers reads all rows of Rows"):
-            trainer.train(loader, steps=3)

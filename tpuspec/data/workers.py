@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils import worker as torch_worker
 
+from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import InputError
 
 _END_SECONDS = 5.0
@@ -109,10 +110,18 @@ def _start_worker(own_init: Callable[[int], None] | None, worker: int) -> None:
     gc.freeze()
     # What a worker cannot pickle, torch would wait for: a row, or the class of an error that is local to a function.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[method-assign]
+    info = get_worker_info()
+    if info is None or info.num_workers == 1 or not isinstance(info.dataset, IterableDataset):
+        if own_init is not None:
+            own_init(worker)
+        return
+    watched, before = _Watched(info), dict(vars(info.dataset))
+    torch_worker._worker_info = watched  # type: ignore[assignment]  # that get_worker_info returns
     if own_init is not None:
         own_init(worker)
-    else:
-        _check_sharing()
+        now = vars(info.dataset)
+        watched.was_asked |= now.keys() != before.keys() or any(now[key] is not before[key] for key in now)
+    _check_sharing(info, watched, may_draw=own_init is not None)
 
 
 class _Watched:
@@ -126,23 +135,28 @@ class _Watched:
         return getattr(self._info, name)
 
 
-def _check_sharing() -> None:
-    """Lets an IterableDataset raise at its first row where it gives every worker the same rows."""
-    info = get_worker_info()
-    if info is None or info.num_workers == 1 or not isinstance(info.dataset, IterableDataset):
-        return
-    kind, watched = type(info.dataset), _Watched(info)
-    torch_worker._worker_info = watched  # type: ignore[assignment]  # that get_worker_info returns
+def _check_sharing(info: Any, watched: _Watched, *, may_draw: bool) -> None:
+    """Lets an IterableDataset raise at its first row where it gives every worker the same rows.
+
+    Args:
+      info: of this worker.
+      watched: notes whether it was asked for, by the dataset or by worker_init_fn.
+      may_draw: whether rows that are drawn from the random state, which worker_init_fn may have seeded, are the
+        worker's own.
+    """
+    kind = type(info.dataset)
     rows_of = kind.__iter__
 
     def checked(dataset: Any) -> Iterator[Any]:
+        before = ProcessRandomState.take() if may_draw else None
         for row in rows_of(dataset):
-            if not watched.was_asked:
+            if not watched.was_asked and (before is None or before == ProcessRandomState.take()):
                 raise InputError(
                     f"each of {info.num_workers} DataLoader workers reads all rows of {kind.__name__}, so every row "
                     f"would come {info.num_workers} times. Take a share of them in __iter__, by "
-                    "torch.utils.data.get_worker_info(), or set num_workers=1. Where each worker is to draw rows of "
-                    "its own, as random ones, say so by a worker_init_fn, which may do nothing.")
+                    "torch.utils.data.get_worker_info(), or in worker_init_fn, or set num_workers=1. Where each worker "
+                    "is to draw rows of its own, seed them there by get_worker_info().seed.")
+            watched.was_asked = True
             yield row
 
     kind.__iter__ = checked  # type: ignore[method-assign]  # of this process
