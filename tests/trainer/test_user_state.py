@@ -235,3 +235,22 @@ def test_workers_that_would_all_read_every_row_are_told_of(init, tmp_path):
     trainer = make(lambda params: nn.Linear(4, 4), tmp_path, use_tpu=False)
     with pytest.raises(InputError, match="each of 2 DataLoader workers reads all rows of Rows"):
         trainer.train(loader, steps=3)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count of its own beside those of the parameters."""
+
+    def step(self, closure=None):
+        self.state["count"] = self.state.get("count", 0) + 1
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["count"] = self.state["count"]
+        return super().step(closure)
+
+
+def test_a_number_in_an_optimizers_state_survives_a_resume(tmp_path):
+    for steps in (5, 10):
+        trainer = make(lambda params: nn.Linear(4, 4), tmp_path, use_tpu=False,
+                       optimizer=lambda model, params: Counting(model.parameters(), lr=0.1))
+        trainer.train(input_fn, max_steps=steps)
+    state = trainer._sessions[False].replicas[0].optimizers[""].state
+    assert state["count"] == 10 and {values["count"] for key, values in state.items() if key != "count"} == {10}

@@ -106,9 +106,13 @@ def load_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[s
                                f" {name!r}" if name else "", i, key, value, kept[key])
         groups.append(group)
     # torch keeps counts of steps as they are given: each replica needs its own.
-    state = {index: {key: value.clone() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-                     for key, value in values.items()} for index, values in saved["state"].items()}
+    state = {index: {key: _own(value) for key, value in values.items()} if isinstance(values, Mapping) else _own(values)
+             for index, values in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _same(a: Any, b: Any) -> bool:
