@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import tpuspec
 from tests.regression import (
@@ -21,6 +22,7 @@ from tests.regression import (
     rows_input,
 )
 from tpuspec import TPUEstimatorSpec
+from tpuspec.errors import InputError
 
 
 def test_a_module_passed_in_holds_the_trained_weights(tmp_path):
@@ -164,3 +166,34 @@ def test_one_graph_serves_all_training_steps_of_a_model_with_buffers(tmp_path):
     counts.clear()
     trainer.train(rows_input(), hooks=[Count()], max_steps=6)
     assert len(set(counts)) == 1, "a second training needs no other graph"
+
+
+def batches_of(num_rows):
+    return lambda params: DataLoader(regression_rows(num_rows), batch_size=params["batch_size"])
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 3}, {"steps": 100}])
+def test_a_short_last_batch_that_training_would_draw_is_told_before_the_first_step(tmp_path, arguments):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(InputError, match=r"must have params\['batch_size'\] rows, and batch 3 of the input.*drop_last"):
+        trainer.train(batches_of(9), **arguments)
+    assert trainer.global_step() == 0
+    trainer.train(batches_of(9), max_steps=2)
+    assert trainer.global_step() == 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_an_input_that_ends_early_is_told_at_the_start_and_at_the_end(tmp_path, capsys, caplog, show_progress,
+                                                                      accumulate):
+    trainer = make_trainer(tmp_path, params={"accumulate": accumulate}, show_progress=show_progress)
+    trainer.train(batches_of(16), max_steps=7)
+    steps = 4 // accumulate
+    assert trainer.global_step() == steps
+    told = capsys.readouterr().out if show_progress else caplog.text
+    assert "training will end by step 4 of 7" in told and f"the input ended at step {steps} of 7" in told
+
+
+def test_an_input_that_ends_with_the_training_needs_no_word(tmp_path, caplog):
+    make_trainer(tmp_path).train(batches_of(16), max_steps=4)
+    assert not caplog.records

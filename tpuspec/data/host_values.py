@@ -39,7 +39,7 @@ def _split(features: Any) -> tuple[Any, HostValues]:
     if not isinstance(features, dict):
         return features, {}
     kept = {key: list(value) for key, value in features.items() if _is_column(value)}
-    if not kept:
+    if not kept or len(kept) == len(features):  # features of strings alone are an error, which names them
         return features, {}
     return {key: value for key, value in features.items() if key not in kept}, {
         str(key): values for key, values in kept.items()}

@@ -19,6 +19,7 @@ from tpuspec.data.deployment import InputCall, InputPlan
 from tpuspec.data.host_values import HostValues, check_host_values, take_host_values
 from tpuspec.data.index_limits import IndexLimits
 from tpuspec.data.known_form import KnownForm
+from tpuspec.data.length import length_of
 from tpuspec.data.padding import pad_batch, padding_like, row_mask, split_rows
 from tpuspec.data.position import Position, common_start
 from tpuspec.data.share import Share, is_map_style
@@ -147,6 +148,17 @@ class InputPipeline:
         taken = [feed.take_kept() for feed in self._feeds]
         return {name: [value for kept in taken for value in kept.get(name, ())] for name in (taken[0] if taken else ())}
 
+    def end_of(self) -> tuple[int | None, int | None]:
+        """Returns after how many steps this host's input ends, and the step that would draw a short batch.
+
+        From its start, each None where that is not known, or does not happen.
+        """
+        lengths = [(feed.length, feed.call) for feed in self._feeds if feed.length is not None]
+        ends = [length.num_batches // call.batches_per_step for length, call in lengths]
+        short = [step for length, call in lengths if self._settings.static_shapes and self._settings.batch_axis.is_first
+                 and (step := length.short_step(call.batch_size, call.batches_per_step)) is not None]
+        return min(ends, default=None), min(short, default=None)
+
     def close(self) -> None:
         """Lets go of the input, also before its end: workers of a DataLoader end."""
         for feed in self._feeds:
@@ -165,7 +177,7 @@ class _Feed:
 
     def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any],
                  start: Position | None) -> None:
-        self._call = call
+        self.call = self._call = call
         self._precision = settings.config.precision
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
@@ -190,6 +202,7 @@ class _Feed:
             source, input_fn=settings.input_fn, mode=settings.mode,
             batch_size=call.batch_size, seed=settings.seed,
             start=start, strict=settings.strict_start, share=share)
+        self.length = length_of(source, self._iterator.position()) if self._is_training else None
         self._checker = None
         if settings.static_shapes:
             assert call.batch_size is not None, "plan_input gives every call a batch size"

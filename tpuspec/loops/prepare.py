@@ -71,6 +71,8 @@ class Prepared:
       copies: replicas that get the same rows: in BROADCAST all whose outputs this host has, else 1.
       input_end: ends the input of all hosts where this one stops.
       start: where each call of input_fn stands before the first batch; None at a start that needs no word.
+      num_steps: steps for which the input has batches, where that is known.
+      short_step: the one of them, counted from 1, whose batch has too few rows; None for none.
     """
 
     batches: PrefetchedBatches[HostBatch]
@@ -79,6 +81,8 @@ class Prepared:
     copies: int
     input_end: InputEnd
     start: list[Position] | None
+    num_steps: int | None = None
+    short_step: int | None = None
 
 
 class Preparation:
@@ -134,9 +138,11 @@ class Preparation:
             input_fn=input_fn, mode=mode, params=self._params, config=self._config, plan=self.plan,
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
             seed=self._seed, starts=starts, strict_start=strict_start, batch_axis=self._batch_axis)
+        made: list[InputPipeline] = []
         with in_phase("input_fn"):
             batches, input_end = agreed_input(
-                lambda: InputPipeline(settings), self._config.prefetch_batches, backend.coordinator, self.plan,
+                lambda: made.append(InputPipeline(settings)) or made[0],  # type: ignore[func-returns-value]
+                self._config.prefetch_batches, backend.coordinator, self.plan,
                 backend.topology, mode)
         try:
             restore_random()
@@ -159,7 +165,9 @@ class Preparation:
         except BaseException:
             batches.close()
             raise
+        num_steps, short_step = made[0].end_of() if made and mode is ModeKeys.TRAIN else (None, None)
         return Prepared(
+            num_steps=num_steps, short_step=short_step,
             start=starts if starts is not None else start_of(first.position),
             batches=PrefetchedBatches(
                 # Several hosts ask one another for each batch, on the loop's thread; each draws its own ahead below.

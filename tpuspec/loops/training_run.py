@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpuspec.config import LoopLength, RunConfig
+from tpuspec.errors import InputError
 from tpuspec.host.drain import Drain
 from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.agreement import AgreedSizer, leave_to_chief
@@ -63,14 +64,32 @@ class TrainingRun:
           What `Trainer.train` raises, but for the end that a signal asks for.
         """
         session, first_step = self.session, self.session.global_step
+        self._tell_of_end(first_step, last_step)
         input_ended = self._run_loop(writer, last_step)
         self.interruption.agree(session.backend.coordinator)
         if self.interruption.signal is None:
             if input_ended and last_step is not None and not self.prepared.input_end.was_stopped:
-                self.progress.message(f"the input ended at step {session.global_step} of {last_step}. Return a "
-                                      "Dataset, or repeat the batches in input_fn, to train on.")
+                self._tell(f"the input ended at step {session.global_step} of {last_step}. Return a Dataset, or repeat "
+                           "the batches in input_fn, to train on.")
             if session.global_step == first_step:
                 logger.warning("Training with estimator made no steps. Perhaps input is empty or misspecified.")
+
+    def _tell_of_end(self, step: int, last_step: int | None) -> None:
+        """Says before the first step what the length of the input, where it is known, will lead to."""
+        # Where an update takes several batches, the input ends earlier, and the short batch comes earlier.
+        short_step, num_steps = self.prepared.short_step, self.prepared.num_steps
+        if short_step is not None and (last_step is None or step + short_step <= last_step):
+            raise InputError(
+                f"every training batch must have params['batch_size'] rows, and batch {short_step} of the input, its "
+                "last one, has fewer. Drop a short last batch (drop_last=True).")
+        if num_steps is not None and last_step is not None and step + num_steps < last_step:
+            self._tell(f"the input has batches for at most {num_steps} steps: training will end by step "
+                       f"{step + num_steps} of {last_step}. Return a Dataset, or repeat the batches in input_fn, to "
+                       "train on.")
+
+    def _tell(self, text: str) -> None:
+        if not self.progress.message(text) and self.session.backend.coordinator.is_chief:
+            logger.warning(text)
 
     def _run_loop(self, writer: SummaryWriter, last_step: int | None) -> bool:
         config, session, prepared = self.config, self.session, self.prepared

@@ -112,11 +112,12 @@ class Progress:
             if screen is not None:
                 screen.table(title, {name: format_value(value) for name, value in values.items()})
 
-    def message(self, text: str) -> None:
-        """Prints a text on lines of its own."""
+    def message(self, text: str) -> bool:
+        """Prints a text on lines of its own; returns whether there is a screen."""
         with self._output() as screen:
             if screen is not None:
                 screen.lines(*text.splitlines())
+        return screen is not None
 
     def _draw(self) -> None:
         line, self._pending = self._pending, None
