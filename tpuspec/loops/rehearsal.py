@@ -11,18 +11,20 @@ import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tpuspec.data.index_limits import IndexLimits
-from tpuspec.errors import SpecError, TpuspecError
+from tpuspec.errors import SpecError, SpecUsageError, TpuspecError
 from tpuspec.host.metric_state import check_metric_names
 from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer
 from tpuspec.spec.backend import Backend, Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
+from tpuspec.spec.functions import is_user_frame
 from tpuspec.spec.hooks import SessionRunHook
 from tpuspec.spec.host_call import call_host_function, check_keywords, named_tensors
 from tpuspec.spec.instances import instances_of
@@ -32,6 +34,9 @@ from tpuspec.spec.scaffold import Scaffold, make_scaffold
 from tpuspec.spec.train_op import TrainOp, as_train_op
 
 logger = logging.getLogger(__name__)
+
+_RAW = ("Check failed", "torch_xla", "stack trace", "INTERNAL:", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""What only XLA's own C++ says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +73,18 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
         with torch.set_grad_enabled(call.mode is ModeKeys.TRAIN), observed:
             return call(replica, batch)
 
-    spec = backend.rehearse(replica, trace)
+    try:
+        spec = backend.rehearse(replica, trace)
+    except RuntimeError as error:
+        if not call.on_xla or isinstance(error, TpuspecError):
+            raise
+        place = _place_of(error, replica.model)
+        if not any(mark in str(error) for mark in _RAW):
+            error.add_note(f"model_fn raised it in its rehearsal on XLA, {place}.")
+            raise
+        raise SpecUsageError(
+            f"XLA cannot compute what model_fn asks for, {place}: {str(error).strip().splitlines()[0]}. Plain PyTorch "
+            "(use_tpu=False) may say it more clearly, or compute it; else use another operation there.") from error
     scaffold = _make_scaffold(spec, on_xla=call.on_xla)
     call.check_tensors(spec)
     if call.mode is ModeKeys.TRAIN:
@@ -86,6 +102,20 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
         check_keywords("eval_metrics", spec.eval_metrics[0], spec.eval_metrics[1])
         _rehearse_metrics(spec.eval_metrics[0], spec.eval_metrics[1], tried)
     return Rehearsal(scaffold=scaffold, hooks=())
+
+
+def _place_of(error: BaseException, model: nn.Module | None) -> str:
+    """Returns "at FILE:LINE, in module 'encoder.0' (Linear)", the innermost of each."""
+    names = {id(part): name for name, part in model.named_modules()} if model is not None else {}
+    line, module, traceback = "a place unknown", "", error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if is_user_frame(frame):
+            line = f"{Path(frame.f_code.co_filename).name}:{traceback.tb_lineno}"
+        if name := names.get(id(frame.f_locals.get("self"))):
+            module = f", in module {name!r} ({type(frame.f_locals['self']).__name__})"
+        traceback = traceback.tb_next
+    return f"at {line}{module}"
 
 
 def _check_train_op(spec: Spec, replica: Replica, call: ModelFnCall) -> None:

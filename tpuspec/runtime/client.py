@@ -10,6 +10,7 @@ import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime.torch_parts import restore_torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ def start_client(platform: str, *, spmd: bool) -> Client:
       DeviceError: no device, or the client runs on another platform, with other devices, or in the other mode.
       ConfigError: there are several hosts, which a mesh does not span.
     """
+    restore_torch()
     already_ran = torch_xla._XLAC._xla_runtime_is_initialized()
     _check_mode(already_ran, spmd=spmd)
     try:

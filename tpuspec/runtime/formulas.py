@@ -28,9 +28,12 @@ def register_formulas() -> torch.library.Library:
         "avg_pool2d": functools.partial(_avg_pool, num_dims=2), "avg_pool3d": functools.partial(_avg_pool, num_dims=3),
         "count_nonzero": _count_nonzero, "count_nonzero.dim_IntList": _count_nonzero, "norm.Scalar": _norm,
         "norm.ScalarOpt_dim": _norm, "norm.ScalarOpt_dtype": _norm, "norm.ScalarOpt_dim_dtype": _norm,
+        "_pack_padded_sequence": _pack_padded_sequence,
         "linalg_svdvals": _svdvals, "nuclear_norm": _nuclear_norm, "nuclear_norm.dim": _nuclear_norm}
     for name, formula in formulas.items():
         library.impl(name, formula, _KEY)
+    plain_abs = torch.library.get_kernel("aten::abs", _KEY)
+    library.impl("abs", functools.partial(_abs, plain_abs), _KEY, with_keyset=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the override
         library.impl("randperm", _randperm, "XLA", allow_override=True)
@@ -67,6 +70,33 @@ def _randperm(n: int, *, dtype: torch.dtype | None = None, device: torch.device 
     """XLA's own draws from no seed. Of 2**31 keys hardly two are equal, and then the first stays before the second."""
     keys = torch.randint(0, 2**31 - 1, (n,), device=device)
     return torch.argsort(keys, stable=True).to(dtype or torch.int64)
+
+
+def _abs(plain: Any, keys: torch._C.DispatchKeySet, x: Tensor) -> Tensor:
+    """XLA's own has no gradient for complex numbers. At 0 that is 0."""
+    if not x.is_complex():
+        return plain.call_boxed(keys, x)
+    square = x.real.square() + x.imag.square()
+    is_zero = square == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
+
+
+def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Takes the rows of [time, batch, ...] that are within the lengths, step by step.
+
+    Raises:
+      RuntimeError: lengths that torch refuses too.
+    """
+    if batch_first:
+        x = x.transpose(0, 1)
+    num_steps, num_rows, sizes = x.shape[0], x.shape[1], lengths.tolist()
+    if len(sizes) != num_rows or min(sizes) <= 0 or max(sizes) > num_steps or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"pack_padded_sequence needs one length of 1 to {num_steps} for each of {num_rows} rows, "
+                           f"the longest first, or enforce_sorted=False; got {sizes}.")
+    batch_sizes = [sum(size > step for size in sizes) for step in range(sizes[0])]
+    rows = [step * num_rows + row for step, size in enumerate(batch_sizes) for row in range(size)]
+    return (x.reshape(num_steps * num_rows, *x.shape[2:]).index_select(0, torch.tensor(rows).to(x.device)),
+            torch.tensor(batch_sizes))
 
 
 def _vdot(one: Tensor, other: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ _C = torch_xla._XLAC
 _C._set_xla_enable_device_data_cache(False)
 
 _SEED_ADD, _SEED_FACTOR, _SEED_MODULUS = 1012031, 7012063, 1 << 64
+_DRAW_ADD, _DRAW_FACTOR = 2531011, 214013
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +263,11 @@ def seed_after(seed: int, num_steps: int) -> int:
     for _ in range(num_steps):
         seed = next_seed(seed)
     return seed
+
+
+def seed_after_draw(seed: int) -> int:
+    """Returns the state of a step's generator after a draw, as torch_xla makes it."""
+    return (_DRAW_ADD + _DRAW_FACTOR * seed) % _SEED_MODULUS
 
 
 def seed_value(seed: int, device: str) -> Tensor:

@@ -95,9 +95,9 @@ class _Places(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.host_op is None and (op := _new_op(self._ops)) is not None:
-            self.host_op = (op, user_place(sys._getframe(1)))
-            self._num_reads = graph.num_reads()  # its own
+        if (op := _new_op(self._ops)) is not None:
+            self.host_op = self.host_op or (op, user_place(sys._getframe(1)))
+            self._ops, self._num_reads = graph.host_ops(), graph.num_reads()  # the reads are its own
         if self.read_at is None and graph.num_reads() != self._num_reads:
             self.read_at = user_place(sys._getframe(1))
         return result

@@ -26,7 +26,7 @@ class Program:
       graph: its hash.
       templates: for each replica the graph's inputs, with its constants in their places.
       slots, batch, numbers: (place among the inputs, number of the slot, batch tensor or optimizers' number).
-      seed: (place, number of the step in the program) of the random seeds.
+      seed: (place, (number of the step in the program, draws before)) of the random seeds.
       written: numbers of the slots that the first outputs are.
       dropped: numbers of the gradients that are gone afterwards.
       sources: (from the batch, number) of each tensor for the host.
@@ -44,7 +44,7 @@ class Program:
     slots: list[tuple[int, int]]
     batch: list[tuple[int, int]]
     numbers: list[tuple[int, int]]
-    seed: list[tuple[int, int]]
+    seed: list[tuple[int, tuple[int, int]]]
     written: list[int]
     dropped: list[int]
     sources: list[tuple[bool, int]]
@@ -104,7 +104,7 @@ class Program:
         values: dict[str, Callable[[Any], Any]] = {
             "slot": lambda slot: state.values[numbers[slot]],
             "batch": lambda number: batch.tensors()[number],
-            "seed": lambda number: graph.seed_value(graph.seed_after(state.seed, number), state.device)}
+            "seed": lambda key: _seed_value(state, *key)}
         return all(guard.holds(values) for guard in guards)
 
     def feed(self, ordinal: int, state: ReplicaState, batch: Sequence[Tensor], of_optimizers: OptimizerNumbers,
@@ -119,9 +119,16 @@ class Program:
             numbers = of_optimizers.sent(state.replica)
             for place, number in self.numbers:
                 feed[place] = numbers[number]
-        for place, number in self.seed:
-            feed[place] = graph.seed_value(graph.seed_after(state.seed, number), state.device)
+        for place, key in self.seed:
+            feed[place] = _seed_value(state, *key)
         return feed
+
+
+def _seed_value(state: ReplicaState, step: int, num_draws: int) -> Tensor:
+    seed = graph.seed_after(state.seed, step)
+    for _ in range(num_draws):
+        seed = graph.seed_after_draw(seed)
+    return graph.seed_value(seed, state.device)
 
 
 def moved_numbers(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
+
+_MAX_DRAWS = 10_000
 
 
 class Source(NamedTuple):
@@ -15,7 +18,8 @@ class Source(NamedTuple):
 
     Attributes:
       kind: 'slot', 'batch', 'number', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
-      key: the Slot; the number of the batch's tensor, optimizers' number, step's seed, constant or output.
+      key: the Slot; the number of the batch's tensor, optimizers' number, constant or output; of a seed the number of
+        the step and how many draws came before it.
     """
 
     kind: str
@@ -44,9 +48,23 @@ class Sources:
     def of(self, found: graph.GraphInput) -> Source | None:
         """Returns where an input comes from; None for a constant."""
         if found.tensor_id == graph.seed_id():
-            return Source("seed", self._seeds.index(graph.read_seed(found.value)))
+            return Source("seed", self._seed_of(graph.read_seed(found.value)))
         # By the buffer where a tensor was read through another one that shares it.
         source = self._by_number.get(found.tensor_id) or self._by_handle.get(found.handle)
         if source is None and found.handle in self._of_optimizers:
             return Source("number", self._of_optimizers.index(found.handle))
         return source
+
+    def _seed_of(self, value: int) -> tuple[int, int]:
+        """Returns which step's seed it is, after how many draws: torch.utils.checkpoint goes back to an earlier draw.
+
+        Raises:
+          CaptureError: it comes from nowhere.
+        """
+        for step, seed in enumerate(self._seeds):
+            for num_draws in range(_MAX_DRAWS):
+                if seed == value:
+                    return step, num_draws
+                seed = graph.seed_after_draw(seed)
+        raise CaptureError("a step sets the random seed of its device. Set RunConfig.seed instead, or draw from a "
+                           "tensor of the batch.")

@@ -347,6 +347,8 @@ class TracedStep:
             self.numbers.settle()
             graph.materialize(graph.waiting(list(read_slots(self.replica).values())), str(self.replica.device))
             self._is_settled = True
+        device = str(self.replica.device)
+        seed = graph.get_seed(device)
         # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
         # device if that was before the client started.
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
@@ -356,4 +358,5 @@ class TracedStep:
         may_compile = self.compiled.get(micro_step, True)
         with in_phase("compile") if may_compile else contextlib.nullcontext():
             self.compiled[micro_step] = graph.end_step()
+        graph.set_seed(graph.next_seed(seed), device)  # torch.utils.checkpoint may have set another one within the step
         return outputs

@@ -158,11 +158,14 @@ def _with_defaults(fn: Callable[..., Any]) -> set[str]:
     return {name for name, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
 
 
+def is_user_frame(frame: FrameType) -> bool:
+    """Whether a frame is neither torch's nor tpuspec's."""
+    module = frame.f_globals.get("__name__", "")
+    return not module.startswith(("torch.", "tpuspec.", "torch_xla.", "contextlib"))
+
+
 def user_place(frame: FrameType | None) -> str:
     """Returns FILE:LINE of the innermost caller that is neither torch's nor tpuspec's."""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "tpuspec.", "torch_xla.", "contextlib")):
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    while frame is not None and not is_user_frame(frame):
         frame = frame.f_back
-    return "a place in torch"
+    return "a place in torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
