@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock clean FORCE
+.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock operations clean FORCE
 
 export UV_HTTP_TIMEOUT
 # Without compiled files each process compiles torch anew, which takes seconds.
@@ -23,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'ARGS="..." goes to train, test, lint, format, bench and lock; PYTHON=python3.12 chooses the Python.'
+	@echo 'ARGS="..." goes to train, test, lint, format, bench, operations and lock; PYTHON=python3.12 chooses the Python.'
 
 setup: $(READY)  ## makes or mends .venv; every other target does so too
 
@@ -56,6 +56,9 @@ bench: $(READY)  ## runs every benchmarks/bench_*.py
 	  [ -e "$$script" ] || { echo 'There is no benchmarks/bench_*.py yet.'; break; }; \
 	  echo "== $$script"; $(RUN) "$$script" $(ARGS); \
 	done
+
+operations: $(READY)  ## compares all of torch's operations on XLA with the CPU: docs/operations.md, a quarter of an hour
+	$(RUN) -m tests.operations.compare $(ARGS)
 
 lock: $(LOCKED)  ## writes requirements.lock from pyproject.toml: make lock ARGS=--upgrade
 	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \

@@ -11,6 +11,7 @@ TpuspecError
 ├── HostCallError (RuntimeError)     user code on the host (metric_fn, host_call) raised
 ├── CaptureError (RuntimeError)      a step cannot be captured and replayed, or is not what was captured
 ├── DeviceError (RuntimeError)       no device, no torch_xla, or a client already started otherwise
+├── OperationError (NotImplementedError)  an operation that XLA does not have, or not as torch has it
 ├── NonFiniteLossError (ArithmeticError)  the loss is NaN or infinite
 ├── HangError (TimeoutError)         nothing moves any more: exit code 4
 ├── HostFailureError (RuntimeError)  another host of the run failed, or cannot be reached
@@ -71,6 +72,10 @@ class CaptureError(TpuspecError, RuntimeError):
 
 class DeviceError(TpuspecError, RuntimeError):
     """The XLA device, its runtime, or its settings are not usable."""
+
+
+class OperationError(TpuspecError, NotImplementedError):
+    """An operation, or a form of it, that XLA does not have, or computes otherwise than torch."""
 
 
 class NonFiniteLossError(TpuspecError, ArithmeticError):

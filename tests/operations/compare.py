@@ -1,12 +1,12 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 """Compares all of torch's operations on XLA with the CPU, and writes the table of docs/operations.md.
 
-    make operations                                 all, in a quarter of an hour or so
-    make operations ARGS="--only celu --print"      what one operation does
+    make operations                            all, in a quarter of an hour or so
+    make operations ARGS="celu nn.functional.celu --dtypes float32"     what some do; writes nothing
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,6 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.operations import samples, table
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "operations.md"
 SAMPLES = Path(__file__).with_name("samples.py")
 SECONDS_WITHOUT_RESULT = 240
 
@@ -57,3 +61,31 @@ def _run_process(variants: list[tuple[int, str]], results: Path, end: float) -> 
         finally:
             process.kill()
             process.wait()
+
+
+def main() -> None:
+    """Compares, and writes the table, or prints what the named operations do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", nargs="*", help="names of op_db, with or without their variant")
+    parser.add_argument("--dtypes", nargs="*", default=samples.DTYPES)
+    parser.add_argument("--results", type=Path, help="a file for the results, as JSON")
+    arguments = parser.parse_args()
+    chosen = [(number, dtype) for number, dtype in samples.variants() if dtype in arguments.dtypes and (
+        not arguments.operations or not {samples.op_db[number].name, samples.name_of(samples.op_db[number])}.isdisjoint(
+            arguments.operations))]
+    with tempfile.TemporaryDirectory() as folder:
+        results = compare(chosen, Path(folder) / "results")
+    for result in results:
+        result["name"] = samples.name_of(samples.op_db[result["variant"][0]])
+    if arguments.results:
+        arguments.results.write_text(json.dumps(results))
+    if arguments.operations:
+        for result in results:
+            print(result["name"], result["variant"][1], result["outcome"], result["why"], sep=", ")
+    elif len(results) == len(chosen):
+        TABLE.write_text(table.page(results))
+    sys.exit(len(results) < len(chosen) or any(result["outcome"] in table.FAULTS for result in results))
+
+
+if __name__ == "__main__":
+    main()

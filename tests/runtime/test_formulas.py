@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from tests.runtime.test_capture import batches, kind, rows, run, sgd
 from tpuspec import CrossShardOptimizer, TPUEstimatorSpec
 from tpuspec.runtime.formulas import register_formulas
+from tpuspec.runtime.kernels import register_kernels
 
 
 class Bags(nn.Module):
@@ -110,6 +111,20 @@ def test_bags_that_only_hosts_have_are_refused():
     bags = nn.EmbeddingBag(10, 4, scale_grad_by_freq=True).to(torch_xla.device())
     with pytest.raises(NotImplementedError, match="neither sparse=True nor scale_grad_by_freq=True"):
         bags(ids(6, 3).to(torch_xla.device()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"keepdim": True}, {"dim": (0, 2)}, {"dim": (2, 0), "keepdim": True}])
+def test_nuclear_norms_and_their_gradients_are_those_of_plain_pytorch(settings):
+    register_formulas()
+    register_kernels()
+    shape = (4, 5) if "dim" not in settings else (4, 3, 5)
+    results = []
+    for where in ("cpu", torch_xla.device()):
+        x = numbers(*shape).to(where).requires_grad_()
+        norm = torch.norm(x, "nuc", **settings)
+        results.append((norm, *torch.autograd.grad(norm.square().sum(), x)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.detach().cpu(), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 class Auxiliary(nn.Module):
