@@ -32,8 +32,6 @@ def register_formulas() -> torch.library.Library:
         "linalg_svdvals": _svdvals, "nuclear_norm": _nuclear_norm, "nuclear_norm.dim": _nuclear_norm}
     for name, formula in formulas.items():
         library.impl(name, formula, _KEY)
-    plain_abs = torch.library.get_kernel("aten::abs", _KEY)
-    library.impl("abs", functools.partial(_abs, plain_abs), _KEY, with_keyset=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the override
         library.impl("randperm", _randperm, "XLA", allow_override=True)
@@ -70,15 +68,6 @@ def _randperm(n: int, *, dtype: torch.dtype | None = None, device: torch.device 
     """XLA's own draws from no seed. Of 2**31 keys hardly two are equal, and then the first stays before the second."""
     keys = torch.randint(0, 2**31 - 1, (n,), device=device)
     return torch.argsort(keys, stable=True).to(dtype or torch.int64)
-
-
-def _abs(plain: Any, keys: torch._C.DispatchKeySet, x: Tensor) -> Tensor:
-    """XLA's own has no gradient for complex numbers. At 0 that is 0."""
-    if not x.is_complex():
-        return plain.call_boxed(keys, x)
-    square = x.real.square() + x.imag.square()
-    is_zero = square == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
 
 
 def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
