@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.users.job import ROWS, Job, classes, normal, supervised, whole
 from tpuspec import CrossShardOptimizer, ModeKeys, TPUEstimatorSpec
@@ -31,6 +32,19 @@ def tags(out, labels):
 def tagged(generator):
     ids = whole(generator, WORDS, 5)
     return ids, torch.where(ids == 0, -100, ids % TAGS)
+
+
+class Packed(nn.Module):
+    """Lengths that the user knows beforehand, the longest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        lengths = torch.tensor([5, 5, 4, 4, 3, 3, 2, 1])[:len(x)]
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0].sum(1))
 
 
 class Encoder(nn.Module):
@@ -101,6 +115,19 @@ class Bags(nn.Module):
         return self.head(torch.cat([self.words(ids), self.pairs(pairs)], 1))
 
 
+class Spectrogram(nn.Module):
+    """stft, log of its power, a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(16))
+        self.conv, self.head = nn.Conv1d(9, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, wave):
+        spectrum = torch.stft(wave, 16, 8, window=self.window, return_complex=True)
+        return self.head(F.relu(self.conv(torch.log1p(spectrum.abs() ** 2))).amax(2))
+
+
 class Fourier(nn.Module):
     """A layer of the kind of FNO: weights in the frequency domain."""
 
@@ -134,11 +161,17 @@ class Speech(nn.Module):
 JOBS = [
     Job(name="lstm tagger", model_fn=supervised(tags, output=lambda out: out.argmax(1)),
         model=lambda params: Tagger(nn.LSTM(8, 12, batch_first=True)), rows=tagged),
+    Job(name="gru tagger", model_fn=supervised(tags), rows=tagged,
+        model=lambda params: Tagger(nn.GRU(8, 12, batch_first=True))),
+    Job(name="packed lstm", model_fn=supervised(classes), model=lambda params: Packed(),
+        rows=lambda g: (normal(g, 5, 4), whole(g, 3))),
     Job(name="encoder with a mask", model_fn=supervised(classes), model=lambda params: Encoder(), rows=masked),
     Job(name="gpt", model_fn=causal_fn, model=lambda params: Causal(), rows=lambda g: (whole(g, WORDS, 8), None)),
     Job(name="embedding bags", model_fn=supervised(classes), model=lambda params: Bags(),
         rows=lambda g: (whole(g, WORDS, 6), whole(g, 3)),
         optimizer=lambda model, params: torch.optim.Adagrad(model.parameters(), lr=0.05)),
+    Job(name="spectrogram", kind="traced", model_fn=supervised(classes), model=lambda params: Spectrogram(),
+        rows=lambda g: (normal(g, 64), whole(g, 3))),
     Job(name="fourier layer", kind="traced", model_fn=supervised(classes), model=lambda params: Fourier(),
         rows=lambda g: (normal(g, 32), whole(g, 3))),
     Job(name="ctc", kind="traced", model_fn=supervised(ctc), model=lambda params: Speech(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.users.job import Job, classes, normal, supervised, whole
 from tpuspec import CrossShardOptimizer, ModeKeys, TPUEstimatorSpec
@@ -140,6 +141,20 @@ def info_nce(out, labels):
             + F.cross_entropy(similar.t(), target, reduction="none")) / 2
 
 
+class Frozen(nn.Module):
+    """A backbone whose statistics stay (eval mode), under a trained stem, computed again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.back = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()).eval()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        h = checkpoint(self.back, self.stem(x), use_reentrant=False)
+        return self.head(h.mean((2, 3)))
+
+
 def images(generator, size=8, channels=3):
     return normal(generator, channels, size, size)
 
@@ -163,4 +178,6 @@ JOBS = [
         rows=lambda g: (images(g), whole(g, 2, 4).float())),
     Job(name="contrastive", model_fn=supervised(info_nce, output=lambda out: out[0]), model=lambda params: TwoViews(),
         rows=lambda g: ({"one": images(g, 4)[:24], "two": images(g, 4)[:24]}, torch.zeros(24))),
+    Job(name="frozen backbone, checkpointed", model_fn=supervised(classes), model=lambda params: Frozen(),
+        rows=lambda g: (images(g), whole(g, 5))),
 ]
