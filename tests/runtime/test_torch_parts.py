@@ -177,7 +177,7 @@ def test_the_process_keeps_torchs_own_gru_and_clipping():
 
 def test_lengths_that_do_not_fit_are_refused():
     for lengths in ([2, 3], [3, 0], [6, 1], [3]):
-        with pytest.raises(RuntimeError, match="needs one length of 1 to 5|must be sorted in decreasing order"):
+        with pytest.raises(RuntimeError, match="needs one length|sorted in decreasing order|has to be greater than 0"):
             rnn.pack_padded_sequence(torch.ones(2, 5, 1, device="xla"), torch.tensor(lengths), batch_first=True)
 
 
