@@ -20,16 +20,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THREAD_GRACE_SECONDS = 2.0
+FILE_GRACE_SECONDS = 20.0
 
-# Started once in a process and never ended, by fsspec for its asynchronous file systems.
-LASTING_THREADS = frozenset({"fsspecIO"})
+# Started once in a process and never ended: by fsspec for its asynchronous file systems, and by torch.compile, whose
+# pool has the first of the unnamed executors of a process.
+LASTING_THREADS = frozenset({"fsspecIO", "ThreadPoolExecutor-0_0", "ThreadPoolExecutor-0_1"})
 
 # Set once in a process: by torch_xla when it is imported, by scikit-learn when it is, by tpuspec.runtime before the
-# XLA client starts, by torch when it first traces an export. They may appear; a test that changes or removes one of
-# them leaks.
+# XLA client starts, by torch when it first traces an export or compiles. They may appear; a test that changes or
+# removes one of them leaks.
 APPEARING_VARIABLES = frozenset({
     "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE", "XLA_USE_SPMD",
 })
 
@@ -77,7 +80,7 @@ class Surroundings:
         if self.cwd != after.cwd:
             leaks.append(f"the working directory was {self.cwd} and is {after.cwd}: use monkeypatch.chdir")
         else:
-            left = sorted(after.files - self.files - CACHES)
+            left = self._left_files(after.files)
             leaks += [f"file {name!r} was left behind: use tmp_path" for name in left]
         return leaks
 
@@ -89,6 +92,14 @@ class Surroundings:
             if old != new and not (old is None and name in APPEARING_VARIABLES):
                 changes.append(f"environment variable {name} was {old!r} and is {new!r}: use monkeypatch.setenv")
         return changes
+
+    def _left_files(self, files: frozenset[str]) -> list[str]:
+        """Names files that stay; one that goes is a test's that another process runs at the same time."""
+        deadline = time.monotonic() + FILE_GRACE_SECONDS
+        while (left := files - self.files - CACHES) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            files = entries(ROOT) | (entries(self.cwd) if self.cwd != str(ROOT) else frozenset())
+        return sorted(left)
 
     def _lasting(self, after: "Surroundings") -> list[threading.Thread]:
         # A dummy is a thread of C++ (autograd's) that once called Python: not ours to end.
