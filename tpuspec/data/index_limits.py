@@ -96,7 +96,7 @@ class _Limit:
       number: of the tensor in the batch.
       name: of it, for messages.
       derivation: what is done to it first.
-      bounds: low <= value < size, or the value is `ignored`.
+      low, size, ignored: low <= value < size, or the value is `ignored`.
       place: operation, FILE:LINE.
     """
 
@@ -172,8 +172,13 @@ class _Observer(TorchFunctionMode):
         if (bounds_of := _INDEXING.get(func)) is not None:
             self._note(bounds_of, func, args, kwargs)
         result = func(*args, **kwargs)
-        if args and id(args[0]) in self._known and getattr(func, "__name__", "") in _KEEPING:
-            self._follow(func, args, kwargs, result)
+        if args and (known := self._known.get(id(args[0]))) is not None:
+            name = getattr(func, "__name__", "")
+            if name in _KEEPING:
+                self._follow(func, args, kwargs, result)
+            elif name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
+                # Written in place, as by labels[labels < 0] = -100: no part of it holds the input's values for sure.
+                self._known = {key: other for key, other in self._known.items() if other[1] != known[1]}
         return result
 
     def _note(self, bounds_of: Callable[..., list[_Bounds]], func: Callable[..., Any], args: Any, kwargs: Any) -> None:

@@ -177,12 +177,12 @@ class _Feed:
 
     def __init__(self, settings: InputSettings, call: InputCall, params: dict[str, Any],
                  start: Position | None) -> None:
-        self.call = self._call = call
+        self.call = call
         self._precision = settings.config.precision
         self._static = settings.static_shapes
         self._broadcast = settings.plan.broadcast
         self._is_training = settings.mode is ModeKeys.TRAIN
-        self._drops_labels = self._keeps = settings.mode is ModeKeys.PREDICT
+        self._predicts = settings.mode is ModeKeys.PREDICT
         topology = settings.topology
         if call.batch_size is not None:
             params["batch_size"] = call.batch_size
@@ -234,7 +234,7 @@ class _Feed:
 
     def draw(self) -> tuple[list[Batch], torch.Tensor] | None:
         """Returns one step's batches, one a replica, with the mask of their rows; None at the end of the input."""
-        call = self._call
+        call = self.call
         drawn = [self._draw_one()]
         while drawn[-1] is not None and len(drawn) < call.batches_per_step:
             drawn.append(self._draw_one())
@@ -254,15 +254,15 @@ class _Feed:
         """Returns a step's batches without a real row, for a feed that ended before the others."""
         if self._last is None:
             raise InputError("input_fn yielded no batches on one of several calls; every call must yield one.")
-        parts = [self._padding() for _ in range(self._call.batches_per_step)]
+        parts = [self._padding() for _ in range(self.call.batches_per_step)]
         batches = [batch for batch, _ in parts]
-        if self._call.splits:
-            batches = split_rows(batches[0], self._call.num_replicas, self._axes)
+        if self.call.splits:
+            batches = split_rows(batches[0], self.call.num_replicas, self._axes)
         return batches, torch.cat([mask for _, mask in parts])
 
     def _padding(self) -> tuple[Batch, torch.Tensor]:
-        assert self._last is not None and self._call.batch_size is not None
-        return padding_like(self._last, self._call.batch_size, self._axes), row_mask(0, self._call.batch_size)
+        assert self._last is not None and self.call.batch_size is not None
+        return padding_like(self._last, self.call.batch_size, self._axes), row_mask(0, self.call.batch_size)
 
     def _draw_one(self) -> tuple[Batch, torch.Tensor] | None:
         try:
@@ -276,7 +276,7 @@ class _Feed:
             batch = self._with_axes(to_host_batch(element))
         else:
             batch = known
-        if self._drops_labels:
+        if self._predicts:
             batch = Batch(features=batch.features)
         if known is not None:
             check_host_values({}, self._columns, 0)
@@ -287,16 +287,16 @@ class _Feed:
             self._columns = tuple(kept)
         check_host_values(kept, self._columns, num_real)
         for name, values in kept.items():
-            self._kept.setdefault(name, []).extend(values if self._keeps else ())
+            self._kept.setdefault(name, []).extend(values if self._predicts else ())
         if self._precision is not None:
             batch = batch.map(lambda tensor: cast_tensor(tensor, self._precision))
         self._last = batch
         if self._checker is None:
             return batch, row_mask(num_real, num_real)
-        assert self._call.batch_size is not None
-        if num_real < self._call.batch_size:
+        assert self.call.batch_size is not None
+        if num_real < self.call.batch_size:
             self._known.forget()
-            return pad_batch(batch, self._call.batch_size, self._axes), row_mask(num_real, self._call.batch_size)
+            return pad_batch(batch, self.call.batch_size, self._axes), row_mask(num_real, self.call.batch_size)
         if not kept:
             self._known.learn(element, batch)
         return batch, self._full_mask

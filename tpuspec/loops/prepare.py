@@ -139,11 +139,14 @@ class Preparation:
             topology=backend.topology, static_shapes=backend.static_shapes, with_context=self._is_joined,
             seed=self._seed, starts=starts, strict_start=strict_start, batch_axis=self._batch_axis)
         made: list[InputPipeline] = []
+
+        def make() -> InputPipeline:
+            made.append(InputPipeline(settings))
+            return made[0]
+
         with in_phase("input_fn"):
             batches, input_end = agreed_input(
-                lambda: made.append(InputPipeline(settings)) or made[0],  # type: ignore[func-returns-value]
-                self._config.prefetch_batches, backend.coordinator, self.plan,
-                backend.topology, mode)
+                make, self._config.prefetch_batches, backend.coordinator, self.plan, backend.topology, mode)
         try:
             restore_random()
             random_state = ProcessRandomState.take()

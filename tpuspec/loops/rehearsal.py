@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from tpuspec.data.index_limits import IndexLimits
 from tpuspec.errors import SpecError, SpecUsageError, TpuspecError
 from tpuspec.host.metric_state import check_metric_names
-from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer
+from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer, check_unsigned
 from tpuspec.spec.backend import Backend, Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.functions import is_user_frame
@@ -62,7 +63,7 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
       call: how model_fn is called.
       batch: the first batch, on the device.
       tried: metric functions that were tried, with their shapes, by earlier calls; this one is added.
-      limits: notes what model_fn indexes with tensors of the batch.
+      limits: notes what model_fn indexes with tensors of the batch; None without XLA.
 
     Raises:
       SpecError, SpecTypeError, SpecUsageError: a rule of the spec is broken.
@@ -76,7 +77,7 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
     try:
         spec = backend.rehearse(replica, trace)
     except RuntimeError as error:
-        if not call.on_xla or isinstance(error, TpuspecError):
+        if limits is None or isinstance(error, TpuspecError):
             raise
         place = _place_of(error, replica.model)
         if not any(mark in str(error) for mark in _RAW):
@@ -87,6 +88,10 @@ def rehearse(backend: Backend, replica: Replica, call: ModelFnCall, batch: Batch
             "(use_tpu=False) may say it more clearly, or compute it; else use another operation there.") from error
     scaffold = _make_scaffold(spec, on_xla=call.on_xla)
     call.check_tensors(spec)
+    if limits is not None and isinstance(spec, TPUEstimatorSpec):
+        metrics, host_call = spec.eval_metrics or (None, ()), spec.host_call or (None, ())
+        check_unsigned("the spec", [tensor for tensor in pytree.tree_leaves(
+            [spec.predictions, metrics[1], host_call[1]]) if isinstance(tensor, Tensor)])
     if call.mode is ModeKeys.TRAIN:
         _check_train_op(spec, replica, call)
     if isinstance(spec, EstimatorSpec):

@@ -114,10 +114,6 @@ class ModelFnCall:
                             f"{list(loss.shape)}.")
         if self.mode is ModeKeys.PREDICT and self.on_xla:
             _check_predictions(spec.predictions, self.batch_size)
-        if self.on_xla and isinstance(spec, TPUEstimatorSpec):
-            metrics, host_call = spec.eval_metrics or (None, ()), spec.host_call or (None, ())
-            check_unsigned("the spec", [tensor for tensor in pytree.tree_leaves(
-                [spec.predictions, metrics[1], host_call[1]]) if isinstance(tensor, Tensor)])
 
 
 def _check_predictions(predictions: Any, batch_size: int | None) -> None:
