@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tpuspec.errors import OperationError
-from tpuspec.runtime.composites import composites
 
 Kernel = Callable[..., Any]
 
@@ -28,13 +27,12 @@ _FLOAT_OF_INTEGERS = (
 
 @functools.lru_cache(maxsize=1)
 def register_kernels() -> torch.library.Library:
-    """Registers them, and `tpuspec/runtime/composites.py`, once, for as long as the process."""
+    """Registers them once; they hold as long as the process."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        for key, mended in (("XLA", kernels()), ("AutogradXLA", composites())):
-            for name, kernel in mended.items():
-                library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+        for name, kernel in kernels().items():
+            library.impl(name, kernel, "XLA", with_keyset=True, allow_override=True)
     return library
 
 

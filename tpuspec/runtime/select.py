@@ -10,7 +10,6 @@ from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.runtime.compile_cache import initialize_compile_cache
 from tpuspec.runtime.environment import KEEP_BARRIERS
-from tpuspec.runtime.kernels import register_kernels
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.runtime.topology import wanted_devices
 from tpuspec.spec.backend import Backend
@@ -52,9 +51,6 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
         if wanted is not None:
             _make_cpu_devices(wanted)
     # Imported here: torch_xla costs seconds, and reads the environment when its client starts.
-    import torch_xla  # noqa: F401
-
-    register_kernels()
     if config.tpu_config.is_spmd:
         from tpuspec.runtime.xla_spmd import XlaSpmd
 

@@ -24,6 +24,7 @@ from tpuspec.runtime.capture import CapturedStep
 from tpuspec.runtime.client import start_client
 from tpuspec.runtime.environment import KEEP_BARRIERS
 from tpuspec.runtime.formulas import register_formulas
+from tpuspec.runtime.kernels import register_kernels
 from tpuspec.runtime.optimizer_numbers import NumbersOfSteps, OptimizerNumbers
 from tpuspec.runtime.placement import copy_module, module_as_before, move_module
 from tpuspec.runtime.pod import Pod
@@ -65,6 +66,7 @@ class XlaReplicas:
                  capture: CaptureMode = CaptureMode.off, audit_every_steps: int = 1000,
                  groups: list[list[int]] | None = None, pod: Pod | None = None) -> None:
         register_formulas()
+        register_kernels()
         self._devices = tuple(devices)
         self._names = tuple(str(device) for device in devices)
         self._capture, self._audit_every = capture, audit_every_steps
