@@ -214,7 +214,8 @@ class XlaReplicas:
         """Traces `fn`; nothing is compiled, and buffers and random state are put back."""
         random_state = self.rng_state()
         try:
-            with module_as_before(replica.model):
+            # As in a step: model_fn may call torch.autograd.grad.
+            with module_as_before(replica.model), torch.autograd.set_multithreading_enabled(False):
                 return fn()
         finally:
             self.set_rng_state(random_state)
