@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Surroundings:
     environment: dict[bytes, bytes]
     cwd: str
     files: frozenset[str]
+    num_modes: int
 
     @classmethod
     def take(cls) -> Self:
@@ -70,13 +72,17 @@ class Surroundings:
         # The mapping's own bytes: a copy through its public methods decodes each variable, 100 times as slow.
         environment = os.environ._data.copy()
         environment.pop(PYTEST_VARIABLE, None)
-        return cls(threads=frozenset(threading.enumerate()), environment=environment, cwd=cwd, files=files)
+        modes = sys.modules.get("torch.overrides")
+        return cls(threads=frozenset(threading.enumerate()), environment=environment, cwd=cwd, files=files,
+                   num_modes=len(modes._get_current_function_mode_stack()) if modes else 0)
 
     def leaks_into(self, after: "Surroundings") -> list[str]:
         """Names what `after` has and this lacks, one line each."""
         leaks = [f"thread {thread.name!r} still runs: close what started it" for thread in self._lasting(after)]
         if self.environment != after.environment:
             leaks += self._changed_variables(after)
+        if self.num_modes != after.num_modes:
+            leaks.append(f"{self.num_modes} modes of torch functions were active and {after.num_modes} are")
         if self.cwd != after.cwd:
             leaks.append(f"the working directory was {self.cwd} and is {after.cwd}: use monkeypatch.chdir")
         else:

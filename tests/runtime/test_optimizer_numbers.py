@@ -61,6 +61,35 @@ class OfLists(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] ** 2)
 
 
+class Decaying(torch.optim.Adam):
+    """Calls the step of its base class, whose hooks run too once an Adam has been made in the process."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] * 0.1 / self.state[p]["step"].item())
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps another optimizer within its own step, and shares its groups."""
+
+    def __init__(self, base):
+        self.base = base
+        super().__init__([p for group in base.param_groups for p in group["params"]], {"k": 0})
+        self.param_groups = base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        before = [p.clone() for group in self.param_groups for p in group["params"]]
+        self.base.step()
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p, old in zip(group["params"], before, strict=True):
+                p.lerp_(old, 0.5 / group["k"])
+
+
 def plainly(make_optimizer, model, num_steps=50, change=None):
     """Trains a copy in plain PyTorch; returns its weights and the optimizer."""
     plain = copy.deepcopy(model)
@@ -103,6 +132,33 @@ def test_a_custom_optimizer_that_counts_on_the_host_is_replayed(kind_of, num_pro
                zip(own.state.values(), optimizer.state.values(), strict=True))
     assert vars(own).get("calls") == vars(optimizer).get("calls")
     assert own.param_groups[0].get("k") == optimizer.param_groups[0].get("k")
+
+
+def test_an_optimizers_step_may_call_that_of_its_base_class(tmp_path):
+    def make(model, params):
+        return Decaying(model.parameters(), lr=0.05)
+
+    torch.optim.Adam(nn.Linear(1, 1).parameters())
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    traced = run("off", classify, model, make, batches(rows), tmp_path)
+    captured = run("require", classify, model, make, batches(rows), tmp_path, loop=25)
+    assert kind(captured[2]) == "replay"
+    assert_same(traced, captured)
+    assert_close(captured[1], plainly(make, model)[0])
+
+
+@pytest.mark.parametrize("kind_of", [torch.optim.Adam, Decaying])
+def test_an_optimizer_that_steps_another_is_traced_and_told_of(kind_of, tmp_path, caplog):
+    def make(model, params):
+        return Wrapping(kind_of(model.parameters(), lr=0.05))
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    done = run("auto", classify, model, make, batches(rows), tmp_path, loop=25)
+    assert kind(done[2]) == "traced"
+    assert_close(done[1], plainly(make, model)[0])
+    assert f"Wrapping keeps another optimizer ({kind_of.__name__}, in its attribute 'base')" in caplog.text
 
 
 class ChangeRate(SessionRunHook):

@@ -36,7 +36,7 @@ class NumbersOfStep:
         self._leaves, self._leaf_of = Leaves(), dict[Place, Leaf]()
         self._now: dict[Place, Any] = {}
         self._before = {held.place: number for held, number in read_numbers(replica)} if watch else {}
-        self._inside: contextlib.ExitStack | None = None
+        self._inside: list[tuple[torch.optim.Optimizer, contextlib.ExitStack]] = []
         self._lent: list[tuple[dict[str, Any], Tensor, float]] = []
 
     def begin(self, step: int) -> None:
@@ -72,8 +72,16 @@ class NumbersOfStep:
         self._lent.clear()
 
     def enter(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Puts traced numbers into an optimizer whose step begins."""
-        self._inside = stack = contextlib.ExitStack()
+        """Puts traced numbers into an optimizer whose step begins.
+
+        Steps may be nested: one optimizer wraps another, or calls the step of its base class, which runs the hooks too.
+        """
+        stack = contextlib.ExitStack()
+        is_outermost = not self._inside
+        is_inside = any(other is optimizer for other, _ in self._inside)
+        self._inside.append((optimizer, stack))
+        if is_inside:
+            return
         stack.callback(self._leave, name, optimizer)
         stack.enter_context(as_single_tensors(optimizer, self.ops))
         for held in list(held_by(name, optimizer)):
@@ -91,15 +99,21 @@ class NumbersOfStep:
                 self.ops.follow(held.value, now)
             else:
                 held.put(now)
-        stack.enter_context(self.ops)
+        if is_outermost:
+            stack.enter_context(self.ops)
 
-    def leave(self) -> None:
-        """Puts numbers back into the optimizer whose step is under way."""
-        if self._inside is not None:
-            self._inside.close()
+    def leave(self) -> bool:
+        """Puts numbers back into the optimizer whose step ends; returns whether no step is under way any more."""
+        if self._inside:
+            self._inside.pop()[1].close()
+        return not self._inside
+
+    def leave_all(self) -> None:
+        """Puts numbers back into all optimizers: a step that raised has not ended."""
+        while not self.leave():
+            pass
 
     def _leave(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        self._inside = None
         for held in list(held_by(name, optimizer)):
             self._now[held.place] = self.ops.number_of(held.value)
             if type(held.value) in (TracedFloat, TracedInt):

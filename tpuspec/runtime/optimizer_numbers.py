@@ -69,8 +69,8 @@ class OptimizerNumbers:
                 numbers.enter(name, optimizer)
 
             def end(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-                numbers.leave()
-                self._lend(replica)
+                if numbers.leave():
+                    self._lend(replica)
 
             handles += [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
         self._lend(replica)
@@ -79,7 +79,7 @@ class OptimizerNumbers:
                 yield numbers
         finally:
             self._tracing = None
-            numbers.leave()
+            numbers.leave_all()
             numbers.take_rates_back()
             for handle in handles:
                 handle.remove()

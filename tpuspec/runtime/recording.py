@@ -314,7 +314,7 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
 
 def _pending_tensors(device: str) -> dict[int, Tensor]:
     """Returns the live tensors of a device that are still to be computed, by their tensor_id."""
-    kept = [item for item in instances_of(Tensor) if _is_on(item, device)]
+    kept = [item for item in instances_of(Tensor) if _is_on(item, device) and torch._is_functional_tensor(item)]
     return {graph.tensor_id(tensor): tensor for tensor in graph.waiting(kept)}
 
 

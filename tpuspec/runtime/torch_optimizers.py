@@ -59,6 +59,7 @@ def bring_home(optimizer: torch.optim.Optimizer) -> None:
 def as_single_tensors(optimizer: torch.optim.Optimizer, ops: NumberOps) -> Iterator[None]:
     """Makes an optimizer take the plain form of its update within the block."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
+    own_math, items_stay = {name: getattr(math, name) for name in MATH}, ops.items_stay
     for name, (_, followed) in MATH.items():
         setattr(math, name, followed)
     is_adafactor = isinstance(optimizer, torch.optim.Adafactor)
@@ -74,11 +75,11 @@ def as_single_tensors(optimizer: torch.optim.Optimizer, ops: NumberOps) -> Itera
     finally:
         for group, flag, value in kept:
             group[flag] = value
-        ops.items_stay = False
-        if is_adafactor:
+        ops.items_stay = items_stay
+        if is_adafactor and not items_stay:
             del _adafactor.max  # type: ignore[attr-defined]
-        for name, (own, _) in MATH.items():
-            setattr(math, name, own)
+        for name, function in own_math.items():
+            setattr(math, name, function)
 
 
 def _larger(one: Any, other: Any) -> Any:
