@@ -40,6 +40,7 @@ from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
 from tpuspec.runtime.select import may_span_hosts, select
+from tpuspec.schedule.history import read_eval_metrics
 from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
@@ -105,7 +106,8 @@ class Trainer(ReadsVariables):
         self._use_tpu = use_tpu
         self._eval_on_tpu = eval_on_tpu
         self._export_to_tpu, self._export_to_cpu = export_to_tpu, export_to_cpu
-        self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params)
+        self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params,
+                                   read_evaluations=lambda name: read_eval_metrics(self._eval_dir(name)))
         self._model_fn = model_fn
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
         self._sessions: dict[bool, Session] = {}
@@ -274,8 +276,7 @@ class Trainer(ReadsVariables):
         arguments.check_eval_steps(steps, on_xla=on_xla)
         session.check_not_lent("evaluate()")
         store_of(self._store, session.backend.coordinator).check_writable()
-        # Also where model_dir is an address, which Path would spoil.
-        folder = os.path.join(self.model_dir, f"eval_{check_name(name)}" if name else "eval")
+        folder = self._eval_dir(name)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._training_paused())
             stack.enter_context(session.evaluating(self._seed))
@@ -295,7 +296,13 @@ class Trainer(ReadsVariables):
                 interruption=self._interruption).run(writer, steps, evaluated)
         self._progress.table(f"evaluation{f' {name}' if name else ''} of {num_rows} rows at step "
                              f"{result['global_step']}", result)
+        if (training := self._sessions.get(self._use_tpu)) is not None:
+            training.evaluated(name or None, result)
         return result
+
+    def _eval_dir(self, name: str | None) -> str:
+        # Also where model_dir is an address, which Path would spoil.
+        return os.path.join(self.model_dir, f"eval_{check_name(name)}" if name else "eval")
 
     @watched_generator
     def predict(self, input_fn: Callable[..., Any], predict_keys: Sequence[str] | None = None,

@@ -47,12 +47,14 @@ class ModelSource:
       params: the Trainer's.
       scheduler: a function of (optimizer, params) that returns a learning rate schedule or a dict of them; None for
         constant rates.
+      read_evaluations: reads the log of evaluations of a name, None for the unnamed ones: step -> metric -> value.
     """
 
     model: Callable[[Mapping[str, Any]], nn.Module] | nn.Module | None
     optimizer: Callable[..., Any] | None
     params: Mapping[str, Any]
     scheduler: Callable[..., Any] | None = None
+    read_evaluations: Callable[[str | None], Mapping[int, Mapping[str, float]]] = lambda name: {}
 
     def build_model(self) -> nn.Module | None:
         """Builds the module on the host.
@@ -165,13 +167,32 @@ class Session:
                 self._asked = {name: hyper_parameters(optimizer) for name, optimizer in replica.optimizers.items()}
         if self._schedules is None and self._source.scheduler is not None:
             self._schedules = LearningRateSchedules(
-                self._source.scheduler, self.replicas[0].optimizers, self._source.params)
+                self._source.scheduler, self.replicas[0].optimizers, self._source.params, self._read_evaluations)
 
     def count_update(self) -> None:
         """Counts an update that was dispatched; the learning rates become those of the next one."""
         self.global_step += 1
         if self._schedules is not None:
             self._schedules.step()
+
+    def _read_evaluations(self, name: str | None) -> dict[int, dict[str, float]]:
+        coordinator = self.backend.coordinator
+        own = self._source.read_evaluations(name) if coordinator.is_chief else {}
+        shared = coordinator.share([[step, dict(metrics)] for step, metrics in own.items()])
+        return {step: metrics for step, metrics in shared}
+
+    def evaluated(self, name: str | None, metrics: Mapping[str, Any]) -> None:
+        """Lets schedules that follow a metric do so.
+
+        Args:
+          name: of the evaluation.
+          metrics: its results, with the 'global_step' that was evaluated.
+
+        Raises:
+          ConfigError: it lacks the metric.
+        """
+        if self._schedules is not None:
+            self._schedules.evaluated(int(metrics["global_step"]), name, metrics)
 
     def take_back_updates(self, step: int) -> None:
         """Counts again from a step on, as before updates that were not dispatched after all."""
