@@ -129,14 +129,14 @@ def interleave(workers: Sequence[Worker], workload: str, *, num_steps: int, repe
                      versions=worker.versions) for i, worker in enumerate(workers)]
 
 
-def table(results: Iterable[Measured]) -> str:
+def table(results: Iterable[Measured], trainer: str = TRAINER) -> str:
     """Returns the medians, and each contender's ratio to the Trainer, as lines for people."""
     results = list(results)
-    trainers = {result.workload: result for result in results if result.contender == TRAINER}
+    trainers = {result.workload: result for result in results if result.contender == trainer}
     lines = [f"{'workload':<10}{'contender':<24}{'ms/step':>10}{'min':>10}{'max':>10}{'x Trainer':>11}"]
     for result in results:
-        trainer = trainers.get(result.workload)
-        ratio = "" if trainer is None else f"{result.ratio_to(trainer):.2f}"
+        base = trainers.get(result.workload)
+        ratio = "" if base is None else f"{result.ratio_to(base):.2f}"
         lines.append(f"{result.workload:<10}{result.contender:<24}{statistics.median(result.times):>10.3f}"
                      f"{min(result.times):>10.3f}{max(result.times):>10.3f}{ratio:>11}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Rows that need a mesh of devices run in a process of their own: tests/test_spmd_process.py."""
+"""Rows that need a mesh of devices run in a process of their own: tests/test_several_devices.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Rows MP-03 to MP-07: input_partition_dims on a mesh of devices; tests/test_spmd_process.py runs them."""
+"""Rows MP-03 to MP-07: input_partition_dims on a mesh of devices; tests/test_several_devices.py runs them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.free_port import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = {"native1": 1, "native3": 3, "xla1": 1, "xla4": 1, "spmd4": 1}  # and their processes

@@ -1,6 +1,6 @@
 """Tests of several replicas need an XLA client with 8 CPU devices: a process of their own.
 
-`tests/test_replica_process.py` starts it; by hand: CPU_NUM_DEVICES=8 pytest tests/replicas.
+`tests/test_several_devices.py` starts it; by hand: CPU_NUM_DEVICES=8 pytest tests/replicas.
 """
 
 import os

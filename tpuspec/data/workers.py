@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
+from types import TracebackType
 from typing import Any
 
 from torch._utils import ExceptionWrapper
@@ -110,6 +111,7 @@ def _start_worker(own_init: Callable[[int], None] | None, worker: int) -> None:
     gc.freeze()
     # What a worker cannot pickle, torch would wait for: a row, or the class of an error that is local to a function.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[method-assign]
+    sys.excepthook = _print_error
     info = get_worker_info()
     if info is None or info.num_workers == 1 or not isinstance(info.dataset, IterableDataset):
         if own_init is not None:
@@ -122,6 +124,15 @@ def _start_worker(own_init: Callable[[int], None] | None, worker: int) -> None:
         now = vars(info.dataset)
         watched.was_asked |= now.keys() != before.keys() or any(now[key] is not before[key] for key in now)
     _check_sharing(info, watched, may_draw=own_init is not None)
+
+
+def _print_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Prints an error that ends a worker, but not of a connection to a training that has ended in the meantime.
+
+    multiprocessing's own thread, which hands the tensors of batches over, passes such errors to sys.excepthook.
+    """
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, where)
 
 
 class _Watched:

@@ -18,6 +18,7 @@ import functools
 import gc
 import hashlib
 import itertools
+import logging
 import os
 import random
 import types
@@ -255,6 +256,9 @@ class _Walk:
             self._note(path, _digest(repr(value.getstate()).encode()))
         elif isinstance(value, torch.Generator):
             self._note(path, _digest(value.get_state().numpy().tobytes()))
+        elif isinstance(value, logging.Logger):  # not its manager, to which every import adds
+            self._note(path, _Opaque((id(value), value.getEffectiveLevel(), value.disabled),
+                                     f"logger of level {value.getEffectiveLevel()}"))
         elif isinstance(value, types.GeneratorType):
             frame = value.gi_frame
             self._note(path, (frame is None, frame and frame.f_lasti))
