@@ -45,6 +45,7 @@ def _library_folders() -> tuple[str, ...]:
     return (*(f"{site / name}{os.sep}" for name in _LIBRARIES), f"{Path(__file__).parents[1]}{os.sep}")
 
 
+@functools.lru_cache(maxsize=4096)
 def is_library_file(path: str) -> bool:
     """Whether code of a file is Python's, torch's or tpuspec's own, which remembers nothing that a step depends on."""
     if path.startswith(_library_folders()) or path.startswith("<frozen"):

@@ -65,6 +65,7 @@ class Memory:
         self._step, self._replica = step, replica
         self._frames = Frames()
         self._functions: dict[types.CodeType, weakref.ref[types.FunctionType]] = {}
+        self._sought: set[types.CodeType] = set()
 
     def watching(self) -> Frames:
         """Notes, as a context, the functions that run in a trace and what they are called on."""
@@ -80,6 +81,7 @@ class Memory:
 
     def all(self) -> Snapshot:
         """Returns all that the step could change: its settings, the optimizers' numbers, random state."""
+        self._sought.clear()
         snapshot = self._walk() | _optimizer_numbers(self._replica)
         snapshot[_RANDOM[0]] = _digest(repr(random.getstate()).encode())
         snapshot[_RANDOM[1]] = _digest(repr(np.random.get_state(legacy=False)).encode())
@@ -109,9 +111,13 @@ class Memory:
         return walk.snapshot
 
     def _functions_of(self, codes: Mapping[types.CodeType, Any], seen: set[int]) -> Iterator[types.FunctionType]:
-        """Yields functions that ran and that the walk has not met: their closures and defaults may have changed."""
+        """Yields functions that ran and that the walk has not met: their closures and defaults may have changed.
+
+        What no object holds after a watched trace is sought again only in the next one: it takes a look at all objects.
+        """
         missing = [code for code in codes if id(code) not in seen and code not in self._functions
-                   and (code.co_freevars or code.co_names)]
+                   and code not in self._sought and (code.co_freevars or code.co_names)]
+        self._sought.update(missing)
         if missing:
             # Not gc.get_objects, with which a thread that just makes a tuple would fail.
             for function in gc.get_referrers(*missing):
