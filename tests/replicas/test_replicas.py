@@ -25,6 +25,7 @@ from tpuspec import (
     TPUEstimatorSpec,
     Trainer,
 )
+from tpuspec.loops.drift import ReplicaDriftError
 from tpuspec.runtime import graph
 from tpuspec.runtime.alone import Alone
 from tpuspec.runtime.pod import Pod
@@ -331,6 +332,25 @@ def test_a_hook_may_freeze_and_unfreeze_layers_and_add_groups_on_the_first_repli
             assert all(torch.equal(one.detach().cpu(), parameters[0].detach().cpu()) for one in parameters)
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_replicas_that_drift_apart_are_told_of_by_the_name_of_the_first_weight(changes, tmp_path):
+    class Halve(SessionRunHook):
+        """Changes the weights that it sees, which are the first replica's."""
+
+        def after_run(self, context):
+            if changes:
+                with torch.no_grad():
+                    trainer._sessions[True].replicas[0].model[2].weight.mul_(0.5)
+
+    trainer = make(2, tmp_path, saves=30)
+    if not changes:
+        trainer.train(input_fn, max_steps=160, hooks=[Halve()])
+        return
+    with pytest.raises(ReplicaDriftError, match=r"parameter '2\.weight' has not the same .* 0 and 1 at step 60"):
+        trainer.train(input_fn, max_steps=160, hooks=[Halve()])
+    assert trainer.latest_checkpoint().endswith("30")
 
 
 def test_fault_18_checkpoints_of_replicas_resume_on_another_number_of_them(tmp_path):

@@ -17,6 +17,7 @@ from tpuspec.data.position import ENDED
 from tpuspec.host.drain import Drain, join_micro_steps
 from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.draw import draw
+from tpuspec.loops.drift import DriftCheck
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.interruption import Interruption
 from tpuspec.loops.iterations import LoopSizer
@@ -64,6 +65,7 @@ class TrainLoop:
       drain: takes each step's outputs to the host.
       hooks: of this call.
       saver: of checkpoints.
+      drift: compares the replicas.
       interruption: the signal that came, if one did.
       restored: whether the first state stands in a checkpoint already.
       input_end: ends the input of the other hosts, where this one stops before its end.
@@ -77,6 +79,7 @@ class TrainLoop:
     drain: Drain
     hooks: HookRunner
     saver: Saver
+    drift: DriftCheck
     interruption: Interruption
     restored: bool = False
     input_end: InputEnd = field(default_factory=InputEnd)
@@ -127,6 +130,7 @@ class TrainLoop:
             input_ended, last_outputs = self._run_steps(size)
             self.step.publish()
             self.sizer.finished(self.clock() - begun, session.global_step - first)
+            self.drift.at_boundary(session.global_step)
             if self.saver.is_due(session.global_step):
                 self.drain.flush()  # no state is saved behind a step whose host work failed
             if self.saver.at_boundary(session.global_step):

@@ -12,6 +12,7 @@ from tpuspec.errors import InputError
 from tpuspec.host.drain import Drain
 from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.agreement import AgreedSizer, leave_to_chief
+from tpuspec.loops.drift import DriftCheck
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import TrainWork
 from tpuspec.loops.interruption import Interruption
@@ -107,6 +108,7 @@ class TrainingRun:
                 return TrainLoop(
                     session=session, step=prepared.step, batches=prepared.batches,
                     sizer=AgreedSizer(coordinator, self.loop_length, last_step), saver=self.saver,
+                    drift=DriftCheck(session=session, most_steps=config.audit_every_steps),
                     restored=self.restored, input_end=prepared.input_end, interruption=self.interruption,
                     drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
                                 work=work if coordinator.is_chief else leave_to_chief,
