@@ -220,6 +220,12 @@ def _avg_pool(x: Tensor, kernel_size: list[int], stride: list[int] = (), padding
               ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None, *,
               num_dims: int) -> Tensor:
     """Pads by hand and divides by what torch counts: XLA's own is wrong with ceil_mode or divisor_override."""
+    if not x.is_floating_point():
+        raise OperationError(f"XLA has avg_pool{num_dims}d of floats only; got {x.dtype}. Take x.float().")
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return _avg_pool(x.float(), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+                         num_dims=num_dims).to(x.dtype)
+
     def each(numbers: Any) -> list[int]:
         return list(numbers) * num_dims if len(numbers) == 1 else list(numbers)
 
@@ -295,11 +301,22 @@ def _conj(own: _Own, keys: Any, x: Tensor) -> Tensor:
 
 def _layer_norm(own: _Own, keys: Any, x: Tensor, shape: list[int], weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:
-    """torch_xla's own has no gradient for no rows."""
+    """torch_xla's own has no gradient for no rows, and computes in bfloat16 where torch computes in float32."""
     if x.numel():
-        return own(keys, x, shape, weight, bias, eps, cudnn_enable)
+        found = own(keys, _wide(x), shape, _wide(weight), _wide(bias), eps, cudnn_enable)
+        return found.to(x.dtype)
     out = x * weight if weight is not None else x * 1
     return out + bias if bias is not None else out
+
+
+def _group_norm(own: _Own, keys: Any, x: Tensor, num_groups: int, weight: Tensor | None = None,
+                bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Tensor:
+    """torch_xla's own computes in bfloat16 where torch computes in float32."""
+    return own(keys, _wide(x), num_groups, _wide(weight), _wide(bias), eps, cudnn_enabled).to(x.dtype)
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _nll_loss(own: _Own, keys: Any, x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1,
@@ -341,7 +358,7 @@ def _istft(own: _Own, keys: Any, *_: Any, **__: Any) -> NoReturn:
 
 
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "svd": _svd, "conj": _conj, "layer_norm": _layer_norm, "nll_loss": _nll_loss, "_chunk_cat": _chunk_cat,
-    "istft": _istft, **{f"{name}.vec": functools.partial(_upsample, name=name) for name in (
+    "svd": _svd, "conj": _conj, "layer_norm": _layer_norm, "group_norm": _group_norm, "nll_loss": _nll_loss,
+    "_chunk_cat": _chunk_cat, "istft": _istft, **{f"{name}.vec": functools.partial(_upsample, name=name) for name in (
         "upsample_nearest2d", "upsample_bilinear2d")}}
 """Each takes torch's own composition, the dispatch keys and the arguments."""

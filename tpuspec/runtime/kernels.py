@@ -12,11 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch_xla.core.xla_op_registry as xla_op_registry
 from torch import Tensor
 
 from tpuspec.errors import OperationError
 
 Kernel = Callable[..., Any]
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+_INTEGER_QUOTIENT = xla_op_registry.register("integer_quotient", lambda x, other: x / other)
+"""XLA's own division of integers: torch_xla divides them as float32, which is exact up to 2**24 only."""
 
 _FLOAT_OF_INTEGERS = (
     "acos", "acosh", "asin", "asinh", "atan", "atanh", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "log",
@@ -152,26 +158,133 @@ def _complex_quotient(x: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _div_to_integer(own: Kernel, keys: Any, x: Any, other: Any, *, rounding_mode: str | None) -> Tensor:
-    """torch_xla's own rounds a quotient to bfloat16 before it takes the integer below."""
+    """torch_xla's own rounds a quotient to bfloat16 before it takes the integer below, and integers to float32."""
+    if not isinstance(other, Tensor) and other == 0 and _is_integral(x):
+        raise RuntimeError("ZeroDivisionError")  # as torch
     x, other = _tensors(x, other)
     dtype = torch.result_type(x, other)
     if rounding_mode is None:
         return torch.div(x, other)
-    if dtype not in (torch.bfloat16, torch.float16):
+    if not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
+        return _integer_quotient(x, other, dtype, is_floor=rounding_mode == "floor")
+    if dtype not in _HALVES:
         return own(keys, x, other, rounding_mode=rounding_mode)
     x, other = x.float(), other.float()
+    quotient = x / other
     if rounding_mode == "trunc":
-        return torch.trunc(x / other).to(dtype)
+        return torch.trunc(quotient).to(dtype)
     rest = torch.fmod(x, other)
     whole = torch.round((x - rest) / other)
-    return torch.where((rest != 0) & ((rest < 0) != (other < 0)), whole - 1, whole).to(dtype)
+    below = torch.where((rest != 0) & ((rest < 0) != (other < 0)), whole - 1, whole)
+    return torch.where(other == 0, quotient, below).to(dtype)
+
+
+def _integer_quotient(x: Tensor, other: Tensor, dtype: torch.dtype, *, is_floor: bool) -> Tensor:
+    device = x.device if x.device.type == "xla" else other.device
+    shape = torch.broadcast_shapes(x.shape, other.shape)
+    x, other = (torch.expand_copy(one.to(device=device, dtype=dtype), shape) for one in (x, other))
+    quotient = _INTEGER_QUOTIENT(x, other)
+    if not is_floor or dtype is torch.uint8:
+        return quotient
+    rest = x - quotient * other
+    return torch.where((rest != 0) & ((rest < 0) != (other < 0)), quotient - 1, quotient)
 
 
 def _floor_divide(own: Kernel, keys: Any, x: Any, other: Any) -> Tensor:
-    x, other = _tensors(x, other)
-    if torch.result_type(x, other) in (torch.bfloat16, torch.float16):
-        return torch.div(x, other, rounding_mode="floor")
-    return own(keys, x, other)
+    del own, keys
+    return torch.div(x, other, rounding_mode="floor")
+
+
+def _matmul(own: Kernel, keys: Any, x: Tensor, other: Tensor) -> Tensor:
+    """torch_xla's own multiplies integers as float32. A product and its sum are one loop for XLA."""
+    if not _is_integral(x):
+        return own(keys, x, other)
+    if other.ndim == 1:  # a vector
+        return (x * other).sum(-1, dtype=x.dtype)
+    return (torch.unsqueeze_copy(x, -1) * torch.unsqueeze_copy(other, -3)).sum(-2, dtype=x.dtype)
+
+
+def _addmm(own: Kernel, keys: Any, x: Tensor, one: Tensor, other: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    if not _is_integral(one):
+        return own(keys, x, one, other, beta=beta, alpha=alpha)
+    return torch.add(x * beta, torch.matmul(one, other), alpha=alpha)
+
+
+def _sum(own: Kernel, keys: Any, x: Tensor, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Halves are summed in float32: over several dims torch_xla's own sum stays at 256 in bfloat16."""
+    if x.dtype not in _HALVES or dtype not in (None, *_HALVES):
+        return own(keys, x, *rest, dtype=dtype)
+    return own(keys, x, *rest, dtype=torch.float32).to(dtype or x.dtype)
+
+
+def _in_single(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
+    """Halves add up in float32."""
+    if x.dtype not in _HALVES:
+        return own(keys, x, *rest, **named)
+    if named.get("dtype") in _HALVES:
+        named["dtype"] = torch.float32
+    found = own(keys, x.float(), *(_single(one) for one in rest), **named)
+    if isinstance(found, Tensor):
+        return found.to(x.dtype)
+    return tuple(one.to(x.dtype) for one in found)
+
+
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
+
+
+def _in_single_in_place(name: str, own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+    if x.dtype not in _HALVES:
+        return own(keys, x, *rest, **named)
+    return x.copy_(getattr(torch.ops.aten, name)(x, *rest, **named))
+
+
+def _index_put(own: Kernel, keys: Any, x: Tensor, indices: Any, values: Tensor, accumulate: bool = False,
+               *rest: Any) -> Tensor:
+    if x.dtype not in _HALVES or not accumulate:
+        return own(keys, x, indices, values, accumulate, *rest)
+    return x.copy_(own(keys, x.float(), indices, values.float(), accumulate, *rest))
+
+
+def _convolution_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    """torch_xla's own sums a bias's gradient in bfloat16."""
+    *settings, mask = rest
+    if gradient.dtype not in _HALVES or not mask[2]:
+        return own(keys, gradient, x, weight, *rest)
+    found = own(keys, gradient, x, weight, *settings, [*mask[:2], False])
+    return found[0], found[1], torch.sum(gradient, [dim for dim in range(gradient.ndim) if dim != 1])
+
+
+def _nll_loss2d_forward(own: Kernel, keys: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int,
+                        ignore_index: int) -> Any:
+    if x.dtype not in _HALVES:
+        return own(keys, x, target, weight, reduction, ignore_index)
+    found, total = own(keys, x.float(), target, _single(weight), reduction, ignore_index)
+    return found.to(x.dtype), total  # the number of rows, which bfloat16 has up to 256
+
+
+def _nll_loss2d_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
+                         reduction: int, ignore_index: int, total: Tensor) -> Tensor:
+    if x.dtype not in _HALVES:
+        return own(keys, gradient, x, target, weight, reduction, ignore_index, total)
+    return own(keys, gradient.float(), x.float(), target, _single(weight), reduction, ignore_index,
+               total.float()).to(x.dtype)
+
+
+def _place_of_most(own: Kernel, keys: Any, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """The place of the first NaN, if there is one: torch_xla's own passes them over."""
+    if not x.is_floating_point() or x.ndim == 0:
+        return own(keys, x, dim, keepdim)
+    is_nan = torch.isnan(x).to(torch.int32)
+    most = torch.amax(is_nan, list(range(x.ndim)) if dim is None else [dim], keepdim)
+    return torch.where(most > 0, torch.argmax(is_nan, dim, keepdim), own(keys, x, dim, keepdim))
+
+
+def _refuse_uint8(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+    if x.dtype is torch.uint8:
+        raise OperationError("XLA rounds a bilinear interpolation of uint8 otherwise than torch. Interpolate floats: "
+                             "F.interpolate(x.float(), ...).round().to(torch.uint8).")
+    return own(keys, x, *rest, **named)
 
 
 def _tensors(*operands: Any) -> tuple[Tensor, ...]:
@@ -204,7 +317,7 @@ def _sgn(own: Kernel, keys: Any, x: Tensor) -> Tensor:
 
 
 def _linalg_vector_norm(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return own(keys, torch.hypot(*_parts(x)) if x.is_complex() else x, *rest, **named)
+    return _in_single(own, keys, torch.hypot(*_parts(x)) if x.is_complex() else x, *rest, **named)
 
 
 def _to_copy(own: Kernel, keys: Any, x: Tensor, **named: Any) -> Tensor:
@@ -234,7 +347,7 @@ def _refuse_dtype(dtype: torch.dtype | None) -> None:
 
 def _mean(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
     if not x.is_complex():
-        return own(keys, x, *rest, **named)
+        return _in_single(own, keys, x, *rest, **named)
     total = torch.sum(x, *rest, **named)
     return total / (x.numel() // max(1, total.numel()))
 
@@ -279,6 +392,19 @@ def _arange(own: Kernel, keys: Any, start: Any, end: Any, step: Any = 1, *, out:
 MENDED: dict[str, Kernel] = {
     **{name: _in_float for name in _FLOAT_OF_INTEGERS},
     **{name + "_": functools.partial(_not_in_place, name) for name in _FLOAT_OF_INTEGERS},
+    **{name: _in_single for name in ("index_add", "scatter_add", "scatter_reduce.two", "scatter.reduce",
+                                     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "var.correction", "std",
+                                     "std.dim", "std.correction", "var_mean.correction", "std_mean.correction",
+                                     "logsumexp", "norm.Scalar", "norm.ScalarOpt_dim",
+                                     "embedding_dense_backward", "mse_loss", "smooth_l1_loss",
+                                     "binary_cross_entropy", "binary_cross_entropy_with_logits", "prod",
+                                     "prod.dim_int", "nll_loss_forward")},
+    **{name + "_": functools.partial(_in_single_in_place, name) for name in ("index_add", "scatter_add")},
+    "_index_put_impl_": _index_put, "index_put_": _index_put, "sum": _sum, "sum.dim_IntList": _sum,
+    "convolution_backward_overrideable": _convolution_backward, "nll_loss2d_forward": _nll_loss2d_forward,
+    "nll_loss2d_backward": _nll_loss2d_backward, "argmax": _place_of_most, "argmin": _place_of_most,
+    **dict.fromkeys(("mm", "bmm", "mv", "dot"), _matmul), "addmm": _addmm, "baddbmm": _addmm,
+    "upsample_bilinear2d": _refuse_uint8,
     "cumsum": _accumulated, "cumprod": _accumulated, "trace": _trace, "roll": _roll, "isneginf": _isneginf,
     "div.Tensor": _div, "div.Scalar": _div_by_number, "div.Tensor_mode": _div_to_integer,
     "div.Scalar_mode": _div_to_integer, "floor_divide": _floor_divide, "abs": _abs, "sgn": _sgn, "mean": _mean,
