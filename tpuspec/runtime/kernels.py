@@ -207,7 +207,7 @@ def _matmul(own: Kernel, keys: Any, x: Tensor, other: Tensor) -> Tensor:
 def _addmm(own: Kernel, keys: Any, x: Tensor, one: Tensor, other: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     if not _is_integral(one):
         return own(keys, x, one, other, beta=beta, alpha=alpha)
-    return torch.add(x * beta, torch.matmul(one, other), alpha=alpha)
+    return x * int(beta) + torch.matmul(one, other) * int(alpha)
 
 
 def _sum(own: Kernel, keys: Any, x: Tensor, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:
