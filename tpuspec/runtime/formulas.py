@@ -340,12 +340,17 @@ def _chunk_cat(own: _Own, keys: Any, tensors: list[Tensor], dim: int, num_chunks
 
 
 def _upsample(own: _Own, keys: Any, x: Tensor, size: list[int] | None, *rest: Any, name: str) -> Tensor:
-    """torch_xla's own takes the quotient of the sizes for the scale, and cuts where uint8 is to be rounded."""
+    """torch_xla's own takes the quotient of the sizes for the scale.
+
+    Raises:
+      OperationError: uint8 is to be interpolated, which torch rounds by an arithmetic of its own.
+    """
     scales = rest[-1]
     is_exact = scales is None or all(wide * scale == int(wide * scale) for wide, scale in zip(
         x.shape[2:], scales, strict=True))
     if x.dtype is torch.uint8 and name != "upsample_nearest2d":
-        return (_upsample(own, keys, x.float(), size, *rest, name=name) + 0.5).floor().to(x.dtype)
+        raise OperationError("XLA rounds a bilinear interpolation of uint8 otherwise than torch. Interpolate floats: "
+                             "F.interpolate(x.float(), ...).round().to(torch.uint8).")
     if is_exact:
         return own(keys, x, size, *rest)
     formula = decomposition_table[getattr(torch.ops.aten, name).vec]

@@ -280,13 +280,6 @@ def _place_of_most(own: Kernel, keys: Any, x: Tensor, dim: int | None = None, ke
     return torch.where(most > 0, torch.argmax(is_nan, dim, keepdim), own(keys, x, dim, keepdim))
 
 
-def _refuse_uint8(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-    if x.dtype is torch.uint8:
-        raise OperationError("XLA rounds a bilinear interpolation of uint8 otherwise than torch. Interpolate floats: "
-                             "F.interpolate(x.float(), ...).round().to(torch.uint8).")
-    return own(keys, x, *rest, **named)
-
-
 def _tensors(*operands: Any) -> tuple[Tensor, ...]:
     """Returns operands with a number, which is one where torch takes a tensor, in the dtype that it has there."""
     if all(isinstance(one, Tensor) for one in operands):
@@ -404,7 +397,6 @@ MENDED: dict[str, Kernel] = {
     "convolution_backward_overrideable": _convolution_backward, "nll_loss2d_forward": _nll_loss2d_forward,
     "nll_loss2d_backward": _nll_loss2d_backward, "argmax": _place_of_most, "argmin": _place_of_most,
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), _matmul), "addmm": _addmm, "baddbmm": _addmm,
-    "upsample_bilinear2d": _refuse_uint8,
     "cumsum": _accumulated, "cumprod": _accumulated, "trace": _trace, "roll": _roll, "isneginf": _isneginf,
     "div.Tensor": _div, "div.Scalar": _div_by_number, "div.Tensor_mode": _div_to_integer,
     "div.Scalar_mode": _div_to_integer, "floor_divide": _floor_divide, "abs": _abs, "sgn": _sgn, "mean": _mean,
