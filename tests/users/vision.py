@@ -170,7 +170,7 @@ JOBS = [
         kind="traced", rows=lambda g: (images(g), whole(g, 2, 8, 8))),
     Job(name="vae", model_fn=vae_fn, model=lambda params: VAE(),
         rows=lambda g: ({"image": images(g, channels=1), "noise": normal(g, 4)}, None)),
-    Job(name="gan", kind="traced", model_fn=gan_fn, model=gan, optimizer=gan_optimizers,
+    Job(name="gan", model_fn=gan_fn, model=gan, optimizer=gan_optimizers,
         rows=lambda g: ({"noise": normal(g, 4), "real": normal(g, 6)}, None)),
     Job(name="focal loss, pixel shuffle", model_fn=supervised(focal),
         model=lambda params: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.PixelShuffle(2), nn.ELU(),

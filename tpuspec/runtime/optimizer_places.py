@@ -124,7 +124,7 @@ class Leaves:
     """Names the numbers that a step starts from: counters of equal value have one name, however many there are."""
 
     def __init__(self) -> None:
-        self._classes: dict[tuple[Any, ...], Leaf] = {}
+        self._classes: dict[tuple[str, str], dict[tuple[Any, Any], Leaf]] = {}
 
     def name(self, held: Held, number: Any, step: int) -> Leaf:
         """Returns the name of a number in one step of a program."""
@@ -132,7 +132,9 @@ class Leaves:
         if kind != "state":
             return (kind, name, index, key, place, step if kind == "group" else 0)
         dtype = held.value.dtype if isinstance(held.value, Tensor) else type(number)
-        return self._classes.setdefault((name, key, dtype, number), ("state", name, key, len(self._classes)))
+        # Numbered within the optimizer: a step may step them in another order than they were made in.
+        of_kind = self._classes.setdefault((name, key), {})
+        return of_kind.setdefault((dtype, number), ("state", name, key, len(of_kind)))
 
 
 def is_same(one: Any, other: Any) -> bool:
