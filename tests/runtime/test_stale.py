@@ -6,9 +6,11 @@ Each case is one way in which Python code may come to do something else, at a lo
 from __future__ import annotations
 
 import contextvars
+import cProfile
 import itertools
 import logging
 import os
+import pstats
 import random
 import time
 import types
@@ -439,3 +441,16 @@ def test_loggers_that_are_made_in_mid_loop_are_no_change_of_one_that_the_step_ha
 
     torch.manual_seed(0)
     assert kind(run("require", model_fn, nn.Linear(4, 3), sgd, input_fn, tmp_path, steps=40)[2]) == "replay"
+
+
+def test_a_training_may_be_profiled(tmp_path):
+    torch.manual_seed(0)
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        done = run("require", plain, nn.Linear(4, 3), sgd, batches(rows), tmp_path, steps=12)
+    finally:
+        profile.disable()
+    assert kind(done[2]) == "replay"
+    names = {name for _, _, name in pstats.Stats(profile).stats}
+    assert {"plain", "_replay"} <= names  # it goes on after a traced step

@@ -79,7 +79,11 @@ class Frames:
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.setprofile(self._before)
+        if self._before is None or callable(self._before):
+            sys.setprofile(self._before)
+        else:  # cProfile's, which is written in C: setprofile takes functions only
+            sys.setprofile(None)
+            self._before.enable()
         self._drop_temporary()
 
     def objects(self) -> Iterator[tuple[str, Any]]:
