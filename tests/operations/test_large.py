@@ -136,3 +136,26 @@ def test_the_first_nan_is_the_most_and_the_least(name, dim):
     register_kernels()
     x = torch.tensor([[1.0, 5.0, float("nan")], [float("inf"), 2.0, -3.0], [0.0, float("nan"), float("nan")]])
     assert torch.equal(getattr(x.to(torch_xla.device()), name)(dim).cpu(), getattr(x, name)(dim))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.mean(dtype=torch.float32), lambda x: x.mean(0, dtype=torch.float32),
+    lambda x: x.sum(dtype=torch.float32),
+    lambda x: x.prod(dtype=torch.float32), lambda x: torch.linalg.vector_norm(x, dtype=torch.float32),
+    lambda x: F.mse_loss(x, torch.zeros_like(x, dtype=torch.float32)),
+    lambda x: F.smooth_l1_loss(x, torch.zeros_like(x, dtype=torch.float32)),
+    lambda x: F.binary_cross_entropy_with_logits(x, torch.zeros_like(x, dtype=torch.float32)),
+    lambda x: x.mean(), lambda x: x.float().mean(dtype=torch.bfloat16)])
+def test_sums_of_halves_have_the_dtype_of_torch(function):
+    register_formulas()
+    register_kernels()
+    x = numbers(4, 5).to(torch.bfloat16)
+    expected, found = function(x), function(x.to(torch_xla.device())).cpu()
+    assert found.dtype is expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_a_division_of_integers_by_the_number_0_of_floats_is_infinite_as_in_torch():
+    register_kernels()
+    x = torch.tensor([2, -2])
+    assert torch.equal((x.to(torch_xla.device()) // 0.0).cpu(), x // 0.0)

@@ -19,7 +19,8 @@ OWN_TESTS = {"_weight_norm", "embedding_bag", "nuclear_norm"}
 WITHIN_OTHERS = {"_linalg_svd", "tanh_backward", "sigmoid_backward", "_to_copy", "_copy_from", "view_as_complex_copy",
                  "linalg_vector_norm", "linalg_inv_ex", "upsample_nearest2d", "upsample_bilinear2d",
                  "_pack_padded_sequence", "randperm", "_index_put_impl", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
-                 "nll_loss2d_forward", "nll_loss2d_backward", "nll_loss_forward", "convolution_backward_overrideable",
+                 "nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward",
+                 "convolution_backward_overrideable",
                  "embedding_dense_backward"}
 """Kernels that other operations of op_db come to."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from tpuspec.errors import OperationError
+from tpuspec.runtime.sums_of_halves import HALVES, single
 
 _KEY = "AutogradXLA"
 
@@ -62,7 +63,7 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_m
     """XLA's own keeps the biased variance, and has no backward in eval mode."""
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, x.shape[1], *[1] * (x.ndim - 2)]
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    wide = single(x)
     if training or running_mean is None or running_var is None:
         mean = wide.mean(dims)
         variance = (wide - mean.reshape(shape)).square().mean(dims)
@@ -222,7 +223,7 @@ def _avg_pool(x: Tensor, kernel_size: list[int], stride: list[int] = (), padding
     """Pads by hand and divides by what torch counts: XLA's own is wrong with ceil_mode or divisor_override."""
     if not x.is_floating_point():
         raise OperationError(f"XLA has avg_pool{num_dims}d of floats only; got {x.dtype}. Take x.float().")
-    if x.dtype in (torch.bfloat16, torch.float16):
+    if x.dtype in HALVES:
         return _avg_pool(x.float(), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
                          num_dims=num_dims).to(x.dtype)
 
@@ -303,7 +304,7 @@ def _layer_norm(own: _Own, keys: Any, x: Tensor, shape: list[int], weight: Tenso
                 bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:
     """torch_xla's own has no gradient for no rows, and computes in bfloat16 where torch computes in float32."""
     if x.numel():
-        found = own(keys, _wide(x), shape, _wide(weight), _wide(bias), eps, cudnn_enable)
+        found = own(keys, single(x), shape, single(weight), single(bias), eps, cudnn_enable)
         return found.to(x.dtype)
     out = x * weight if weight is not None else x * 1
     return out + bias if bias is not None else out
@@ -312,11 +313,7 @@ def _layer_norm(own: _Own, keys: Any, x: Tensor, shape: list[int], weight: Tenso
 def _group_norm(own: _Own, keys: Any, x: Tensor, num_groups: int, weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Tensor:
     """torch_xla's own computes in bfloat16 where torch computes in float32."""
-    return own(keys, _wide(x), num_groups, _wide(weight), _wide(bias), eps, cudnn_enabled).to(x.dtype)
-
-
-def _wide(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+    return own(keys, single(x), num_groups, single(weight), single(bias), eps, cudnn_enabled).to(x.dtype)
 
 
 def _nll_loss(own: _Own, keys: Any, x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1,

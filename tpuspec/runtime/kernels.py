@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +15,7 @@ import torch_xla.core.xla_op_registry as xla_op_registry
 from torch import Tensor
 
 from tpuspec.errors import OperationError
-
-Kernel = Callable[..., Any]
-
-_HALVES = (torch.bfloat16, torch.float16)
+from tpuspec.runtime.sums_of_halves import HALVES, SUMS_OF_HALVES, Kernel, in_single
 
 _INTEGER_QUOTIENT = xla_op_registry.register("integer_quotient", lambda x, other: x / other)
 """XLA's own division of integers: torch_xla divides them as float32, which is exact up to 2**24 only."""
@@ -159,15 +155,16 @@ def _complex_quotient(x: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _div_to_integer(own: Kernel, keys: Any, x: Any, other: Any, *, rounding_mode: str | None) -> Tensor:
     """torch_xla's own rounds a quotient to bfloat16 before it takes the integer below, and integers to float32."""
-    if not isinstance(other, Tensor) and other == 0 and _is_integral(x):
-        raise RuntimeError("ZeroDivisionError")  # as torch
+    is_zero = not isinstance(other, Tensor) and other == 0
     x, other = _tensors(x, other)
     dtype = torch.result_type(x, other)
     if rounding_mode is None:
         return torch.div(x, other)
     if not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
+        if is_zero:
+            raise RuntimeError("ZeroDivisionError")  # as torch
         return _integer_quotient(x, other, dtype, is_floor=rounding_mode == "floor")
-    if dtype not in _HALVES:
+    if dtype not in HALVES:
         return own(keys, x, other, rounding_mode=rounding_mode)
     x, other = x.float(), other.float()
     quotient = x / other
@@ -210,67 +207,6 @@ def _addmm(own: Kernel, keys: Any, x: Tensor, one: Tensor, other: Tensor, *, bet
     return x * int(beta) + torch.matmul(one, other) * int(alpha)
 
 
-def _sum(own: Kernel, keys: Any, x: Tensor, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Halves are summed in float32: over several dims torch_xla's own sum stays at 256 in bfloat16."""
-    if x.dtype not in _HALVES or dtype not in (None, *_HALVES):
-        return own(keys, x, *rest, dtype=dtype)
-    return own(keys, x, *rest, dtype=torch.float32).to(dtype or x.dtype)
-
-
-def _in_single(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
-    """Halves add up in float32."""
-    if x.dtype not in _HALVES:
-        return own(keys, x, *rest, **named)
-    if named.get("dtype") in _HALVES:
-        named["dtype"] = torch.float32
-    found = own(keys, x.float(), *(_single(one) for one in rest), **named)
-    if isinstance(found, Tensor):
-        return found.to(x.dtype)
-    return tuple(one.to(x.dtype) for one in found)
-
-
-def _single(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
-
-
-def _in_single_in_place(name: str, own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-    if x.dtype not in _HALVES:
-        return own(keys, x, *rest, **named)
-    return x.copy_(getattr(torch.ops.aten, name)(x, *rest, **named))
-
-
-def _index_put(own: Kernel, keys: Any, x: Tensor, indices: Any, values: Tensor, accumulate: bool = False,
-               *rest: Any) -> Tensor:
-    if x.dtype not in _HALVES or not accumulate:
-        return own(keys, x, indices, values, accumulate, *rest)
-    return x.copy_(own(keys, x.float(), indices, values.float(), accumulate, *rest))
-
-
-def _convolution_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    """torch_xla's own sums a bias's gradient in bfloat16."""
-    *settings, mask = rest
-    if gradient.dtype not in _HALVES or not mask[2]:
-        return own(keys, gradient, x, weight, *rest)
-    found = own(keys, gradient, x, weight, *settings, [*mask[:2], False])
-    return found[0], found[1], torch.sum(gradient, [dim for dim in range(gradient.ndim) if dim != 1])
-
-
-def _nll_loss2d_forward(own: Kernel, keys: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int,
-                        ignore_index: int) -> Any:
-    if x.dtype not in _HALVES:
-        return own(keys, x, target, weight, reduction, ignore_index)
-    found, total = own(keys, x.float(), target, _single(weight), reduction, ignore_index)
-    return found.to(x.dtype), total  # the number of rows, which bfloat16 has up to 256
-
-
-def _nll_loss2d_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
-                         reduction: int, ignore_index: int, total: Tensor) -> Tensor:
-    if x.dtype not in _HALVES:
-        return own(keys, gradient, x, target, weight, reduction, ignore_index, total)
-    return own(keys, gradient.float(), x.float(), target, _single(weight), reduction, ignore_index,
-               total.float()).to(x.dtype)
-
-
 def _place_of_most(own: Kernel, keys: Any, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     """The place of the first NaN, if there is one: torch_xla's own passes them over."""
     if not x.is_floating_point() or x.ndim == 0:
@@ -310,7 +246,7 @@ def _sgn(own: Kernel, keys: Any, x: Tensor) -> Tensor:
 
 
 def _linalg_vector_norm(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return _in_single(own, keys, torch.hypot(*_parts(x)) if x.is_complex() else x, *rest, **named)
+    return in_single(own, keys, torch.hypot(*_parts(x)) if x.is_complex() else x, *rest, **named)
 
 
 def _to_copy(own: Kernel, keys: Any, x: Tensor, **named: Any) -> Tensor:
@@ -340,7 +276,7 @@ def _refuse_dtype(dtype: torch.dtype | None) -> None:
 
 def _mean(own: Kernel, keys: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
     if not x.is_complex():
-        return _in_single(own, keys, x, *rest, **named)
+        return in_single(own, keys, x, *rest, **named)
     total = torch.sum(x, *rest, **named)
     return total / (x.numel() // max(1, total.numel()))
 
@@ -385,17 +321,7 @@ def _arange(own: Kernel, keys: Any, start: Any, end: Any, step: Any = 1, *, out:
 MENDED: dict[str, Kernel] = {
     **{name: _in_float for name in _FLOAT_OF_INTEGERS},
     **{name + "_": functools.partial(_not_in_place, name) for name in _FLOAT_OF_INTEGERS},
-    **{name: _in_single for name in ("index_add", "scatter_add", "scatter_reduce.two", "scatter.reduce",
-                                     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "var.correction", "std",
-                                     "std.dim", "std.correction", "var_mean.correction", "std_mean.correction",
-                                     "logsumexp", "norm.Scalar", "norm.ScalarOpt_dim",
-                                     "embedding_dense_backward", "mse_loss", "smooth_l1_loss",
-                                     "binary_cross_entropy", "binary_cross_entropy_with_logits", "prod",
-                                     "prod.dim_int", "nll_loss_forward")},
-    **{name + "_": functools.partial(_in_single_in_place, name) for name in ("index_add", "scatter_add")},
-    "_index_put_impl_": _index_put, "index_put_": _index_put, "sum": _sum, "sum.dim_IntList": _sum,
-    "convolution_backward_overrideable": _convolution_backward, "nll_loss2d_forward": _nll_loss2d_forward,
-    "nll_loss2d_backward": _nll_loss2d_backward, "argmax": _place_of_most, "argmin": _place_of_most,
+    **SUMS_OF_HALVES, "argmax": _place_of_most, "argmin": _place_of_most,
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), _matmul), "addmm": _addmm, "baddbmm": _addmm,
     "cumsum": _accumulated, "cumprod": _accumulated, "trace": _trace, "roll": _roll, "isneginf": _isneginf,
     "div.Tensor": _div, "div.Scalar": _div_by_number, "div.Tensor_mode": _div_to_integer,
