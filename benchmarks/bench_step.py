@@ -92,6 +92,20 @@ class Worker:
         return answer
 
 
+def start_workers(contenders: Iterable[str], stack: contextlib.ExitStack) -> list[Worker]:
+    """Starts the contenders that can take part, until the stack is closed; prints why the others cannot."""
+    logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    workers = []
+    for contender in contenders:
+        worker = Worker(contender, logs / f"{contender}.log")
+        stack.callback(worker.close)
+        if worker.missing is None:
+            workers.append(worker)
+        else:
+            print(f"{contender} takes no part: {worker.missing}", flush=True)
+    return workers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One contender's repeats of one workload, milliseconds per step; repeat i of all contenders belong together."""
@@ -179,15 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results: list[Measured] = []
     with contextlib.ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = []
-        for contender in arguments.contenders:
-            worker = Worker(contender, logs / f"{contender}.log")
-            stack.callback(worker.close)
-            if worker.missing is None:
-                workers.append(worker)
-            else:
-                print(f"{contender} takes no part: {worker.missing}", flush=True)
+        workers = start_workers(arguments.contenders, stack)
         if not workers:
             return
         for name in arguments.workloads:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
-from pathlib import Path
 
-from bench_step import Measured, Worker, interleave, table
+from bench_step import Measured, interleave, start_workers, table
 
 CONTENDERS = ("transformers_trainer", "transformers_accelerate")
 
@@ -27,15 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: list[Measured] = []
     with contextlib.ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = []
-        for contender in CONTENDERS:
-            worker = Worker(contender, logs / f"{contender}.log")
-            stack.callback(worker.close)
-            if worker.missing is None:
-                workers.append(worker)
-            else:
-                print(f"{contender} takes no part: {worker.missing}", flush=True)
+        workers = start_workers(CONTENDERS, stack)
         for name in ("bert", "gpt2") if workers else ():
             measured = interleave(workers, name, num_steps=arguments.steps, repeats=arguments.repeats)
             trainer = next((m for m in measured if m.contender == CONTENDERS[0]), None)

@@ -65,7 +65,8 @@ class Trainer(ReadsVariables):
       model: function of params that returns the module, or the module itself.
       optimizer: function of (module, params) that returns an optimizer, or a dict of several by name.
       scheduler: function of (what optimizer returned, params) that returns a torch.optim.lr_scheduler schedule, or a
-        dict of several; stepped after each update. None leaves the learning rates as they are.
+        dict of several; stepped after each update, a ReduceLROnPlateau after each evaluation. None leaves the learning
+        rates as they are.
       model_dir: folder of checkpoints and logs, or an address of fsspec such as gs://bucket/run; None takes
         config.model_dir, or a temporary folder.
       config: a RunConfig.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from torch import Tensor
+
 from step_contenders import transformers_models as models
+from step_contenders.accelerate_xla import measure_of
 
 NEEDS = ("torch_xla", "transformers", "accelerate")
-NUM_WARM_UP = 5
 
 
 def prepare(name: str) -> Callable[[int], float]:
@@ -22,21 +23,14 @@ def prepare(name: str) -> Callable[[int], float]:
     module, optimizer, schedule = accelerator.prepare(module, own, models.make_schedule(own))
     module.train()
 
-    def measure(num_steps: int) -> float:
-        begun, loss = 0.0, None
-        for k, (features, labels) in enumerate(accelerator.prepare(make_loader(batches, NUM_WARM_UP + num_steps))):
-            optimizer.zero_grad()
-            loss = models.loss_of(module, {key: value.to(accelerator.device) for key, value in features.items()},
-                                  labels.to(accelerator.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(module.parameters(), models.CLIP_NORM)
-            optimizer.step()
-            schedule.step()
-            if k == NUM_WARM_UP - 1:
-                loss.item()
-                begun = time.perf_counter()
-        assert loss is not None
-        loss.item()
-        return (time.perf_counter() - begun) / num_steps * 1e3
+    def step(features: dict[str, Tensor], labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = models.loss_of(module, {key: value.to(accelerator.device) for key, value in features.items()},
+                              labels.to(accelerator.device))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(module.parameters(), models.CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        return loss
 
-    return measure
+    return measure_of(step, lambda num_steps: accelerator.prepare(make_loader(batches, num_steps)))

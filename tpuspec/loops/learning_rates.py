@@ -36,8 +36,8 @@ class Plateau:
 
     @property
     def evaluation(self) -> str | None:
-        """Name of the evaluation; None where it has none, or where the metric's own name has a slash."""
-        return self.metric.rpartition("/")[0] or None
+        """What stands before the first slash: the name of an evaluation, or a part of the metric's own."""
+        return self.metric.partition("/")[0] if "/" in self.metric else None
 
     def follow(self, step: int, name: str | None, metrics: Mapping[str, Any]) -> None:
         """Steps the schedule after an evaluation; one of an older state, and a second one of the same, do not count.

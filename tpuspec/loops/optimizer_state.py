@@ -8,7 +8,7 @@ anew.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,18 @@ from tpuspec.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _CLASS, _ASKED, _ADDED = "class", "asked", "added"
+
+
+def tell_of_inner(optimizer: torch.optim.Optimizer, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Warns of an optimizer within another one, as in a Lookahead: its state is not known here."""
+    for name, inner in vars(optimizer).items():
+        if isinstance(inner, torch.optim.Optimizer) and not any(inner is other for other in optimizers):
+            outer, kind = type(optimizer).__name__, type(inner).__name__
+            logger.warning(
+                "%s keeps another optimizer (%s, in its attribute %r). Its steps are right, but checkpoints have the "
+                "state of that %s only where state_dict() and load_state_dict() of %s pass it on, and on XLA each "
+                "step is traced. A dict of both optimizers is saved, and can be captured.",
+                outer, kind, name, kind, outer)
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from tpuspec.loops.optimizer_state import (
     hyper_parameters,
     load_optimizer,
     read_optimizer,
+    tell_of_inner,
 )
 from tpuspec.loops.random_state import collect_positions
 from tpuspec.loops.shared_memory import check_memory
@@ -85,20 +86,8 @@ class ModelSource:
             if not isinstance(name, str) or not isinstance(optimizer, torch.optim.Optimizer):
                 raise ConfigTypeError("optimizer must return a torch.optim.Optimizer or a dict of name -> Optimizer; "
                                       f"got {type(optimizer).__name__}" + (f" for {name!r}." if name else "."))
-            _tell_of_inner(optimizer, optimizers.values())
+            tell_of_inner(optimizer, optimizers.values())
         return optimizers
-
-
-def _tell_of_inner(optimizer: torch.optim.Optimizer, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Warns of an optimizer within another one, as in a Lookahead: its state is not known here."""
-    for name, inner in vars(optimizer).items():
-        if isinstance(inner, torch.optim.Optimizer) and not any(inner is other for other in optimizers):
-            outer, kind = type(optimizer).__name__, type(inner).__name__
-            logger.warning(
-                "%s keeps another optimizer (%s, in its attribute %r). Its steps are right, but checkpoints have the "
-                "state of that %s only where state_dict() and load_state_dict() of %s pass it on, and on XLA each "
-                "step is traced. A dict of both optimizers is saved, and can be captured.",
-                outer, kind, name, kind, outer)
 
 
 def check_materialized(module: nn.Module) -> nn.Module:
