@@ -13,8 +13,8 @@ from typing import Self
 
 # Before any test module: torch reads the one and torch_xla the other when they are first imported.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
-# As tpuspec.runtime.select sets it, and torch_xla completes it when it is first imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander --xla_cpu_enable_fast_math=false")
+# As torch_xla sets it when it is first imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
 import pytest
@@ -27,12 +27,12 @@ FILE_GRACE_SECONDS = 20.0
 # pool has the first of the unnamed executors of a process.
 LASTING_THREADS = frozenset({"fsspecIO", "ThreadPoolExecutor-0_0", "ThreadPoolExecutor-0_1"})
 
-# Set once in a process: by torch_xla when it is imported, by scikit-learn when it is, by tpuspec.runtime before the
+# Set once in a process: by torch_xla, jax and scikit-learn when they are imported, by tpuspec.runtime before the
 # XLA client starts, by torch when it first traces an export or compiles. They may appear; a test that changes or
 # removes one of them leaks.
 APPEARING_VARIABLES = frozenset({
     "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
-    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR",
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "TPU_SKIP_MDS_QUERY",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "CPU_NUM_DEVICES", "NPROC", "PJRT_NPROC", "XLA_THREAD_POOL_SIZE", "XLA_USE_SPMD",
 })

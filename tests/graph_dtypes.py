@@ -24,10 +24,12 @@ def note_dtypes(monkeypatch: pytest.MonkeyPatch) -> Dtypes:
     noted: Dtypes = defaultdict(set)
     compile_recording = capture.compile_recording
 
-    def noting(recording, device):
+    def noting(recording, device, runtime):
         for part, dtypes in _read(torch_xla._XLAC._get_xla_tensors_hlo(list(recording.roots)), recording).items():
             noted[part] |= dtypes & _FLOATS
-        compile_recording(recording, device)
+        compile_recording(recording, device, runtime)
+        if sums := _read_sums(recording.compiled.program) if recording.compiled.program else None:
+            noted["gradients while they are summed over replicas"] |= sums & _FLOATS
 
     monkeypatch.setattr(capture, "compile_recording", noting)
     return noted
@@ -50,9 +52,20 @@ def _read(hlo: str, recording) -> Dtypes:
     dtypes["loss, a cross entropy"].add(outputs[recording.sources[0].key])
     products = re.findall(rf"= {_SHAPE}\S* (?:dot|convolution)\((\w+)\[\S* \S+ (\w+)\[", entry)
     dtypes["matrix products and convolutions"] = {dtype for product in products for dtype in product}
-    for shapes in re.findall(r"%all-reduce\S* = (.*?) all-reduce\(", entry):
-        dtypes["gradients while they are summed over replicas"] |= set(re.findall(_SHAPE, shapes))
     return dtypes
+
+
+def _read_sums(program: bytes) -> set[str]:
+    """Returns the dtypes in which a program of replicas sums."""
+    from jax.interpreters import mlir
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import stablehlo
+
+    from tpuspec.engine.collectives import over_replicas
+
+    with mlir.make_ir_context() as context, ir.Location.unknown(context):
+        text = str(stablehlo.deserialize_portable_artifact(context, over_replicas(program, 2)))
+    return set(re.findall(r"all_reduce.*?\}\) : \(tensor<(?:\d+x)*(\w+)>\)", text, re.DOTALL))
 
 
 def _part_of_slot(slot) -> str:

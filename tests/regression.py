@@ -53,10 +53,9 @@ def rows_input(num_rows=16):
 
 
 def num_compiles() -> int:
-    import torch_xla.debug.metrics as xla_metrics
+    from tpuspec.engine.executable import num_compiles
 
-    data = xla_metrics.metric_data("CompileTime")
-    return 0 if data is None else data[0]
+    return num_compiles()
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""Imports run downhill, and torch_xla lives in tpuspec/runtime only."""
+"""Imports run downhill, torch_xla lives in tpuspec/runtime only, and jax in tpuspec/engine only."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 BASE = {"errors", "cluster", "config", "mesh", "precision", "spec"}
-MIDDLE = {"runtime", "data", "host", "summary", "checkpoint", "export"}
+MIDDLE = {"runtime", "engine", "data", "host", "summary", "checkpoint", "export"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "cluster": {"errors"},
@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{layer: BASE for layer in MIDDLE},
     "loops": BASE | MIDDLE,
     "schedule": BASE | MIDDLE | {"loops"},
-    "trainer": BASE | MIDDLE | {"arguments", "loops", "schedule"},
+    "select": BASE | MIDDLE,  # where the tracer meets its engine
+    "trainer": BASE | MIDDLE | {"arguments", "loops", "schedule", "select"},
     "cli": BASE | MIDDLE,
 }
 # "tpuspec" stands for the package's own __init__, which imports the trainer.
@@ -35,7 +36,7 @@ MAY_IMPORT |= {
     "train": LAYERS,
     "__init__": LAYERS,
 }
-HOME_OF_TORCH_XLA = "runtime"
+HOMES = {"torch_xla": "runtime", "jax": "engine", "jaxlib": "engine"}
 IMPORTERS = {"import_module", "__import__"}
 TORCH_XLA_MODULE = re.compile(r"torch_xla(\.\w+)+")
 
@@ -110,8 +111,9 @@ def violations(package: Path) -> list[str]:
             target = layer_named(name)
             if target not in allowed:
                 found.append(f"{path}:{line}: {layer} must not import {target} ({name})")
-            if name.split(".")[0].startswith("torch_xla") and layer != HOME_OF_TORCH_XLA:
-                found.append(f"{path}:{line}: only tpuspec/{HOME_OF_TORCH_XLA} may import torch_xla ({name})")
+            home = HOMES.get(name.split(".")[0])
+            if home is not None and layer != home:
+                found.append(f"{path}:{line}: only tpuspec/{home} may import {name.split('.')[0]} ({name})")
     return found
 
 
@@ -156,6 +158,8 @@ def made_up_package(folder: Path, path: str, source: str) -> Path:
     ("loops/train.py", "from torch_xla.core import xla_model", "only tpuspec/runtime may import torch_xla"),
     ("train.py", "importlib.import_module('torch_xla')", "only tpuspec/runtime may import torch_xla"),
     ("train.py", "load('torch_xla.runtime')", "only tpuspec/runtime may import torch_xla"),
+    ("runtime/capture.py", "import jax", "only tpuspec/engine may import jax"),
+    ("runtime/capture.py", "from jaxlib.mlir import ir", "only tpuspec/engine may import jaxlib"),
 ])
 def test_an_uphill_import_is_found(tmp_path, path, source, complaint):
     (found,) = violations(made_up_package(tmp_path, path, source))
@@ -164,7 +168,7 @@ def test_an_uphill_import_is_found(tmp_path, path, source, complaint):
 
 @pytest.mark.parametrize(("path", "source"), [
     ("spec/mode.py", "from tpuspec.errors import SpecError\nfrom . import backend"),
-    ("runtime/select.py", "import torch_xla\nimport tpuspec.runtime.capture\nimport_module(f'.{name}', __package__)"),
+    ("runtime/graph.py", "import torch_xla\nimport tpuspec.runtime.capture\nimport_module(f'.{name}', __package__)"),
     ("loops/train.py", "from ..host.drain import Drain\nfrom tpuspec.config import RunConfig"),
     ("trainer.py", "'''Runs on torch_xla.'''\nfrom tpuspec.schedule import history\nversion('torch_xla')"),
     ("train.py", "import tpuspec\nfrom tpuspec import Trainer, config\nimport_module(name)"),
@@ -174,9 +178,9 @@ def test_a_downhill_import_passes(tmp_path, path, source):
     assert violations(made_up_package(tmp_path, path, source)) == []
 
 
-def test_import_tpuspec_leaves_torch_xla_alone():
+def test_import_tpuspec_leaves_torch_xla_and_jax_alone():
     source = ("import sys, tpuspec; print(tpuspec.__file__); "
-              "print([name for name in sys.modules if name.partition('.')[0] in ('torch_xla', '_XLAC')])")
+              "print([name for name in sys.modules if name.partition('.')[0] in ('torch_xla', '_XLAC', 'jax')])")
     result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [str(ROOT / "tpuspec" / "__init__.py"), "[]"]

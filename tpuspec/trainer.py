@@ -39,8 +39,8 @@ from tpuspec.loops.variables import ReadsVariables
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
-from tpuspec.runtime.select import may_span_hosts, select
 from tpuspec.schedule.history import read_eval_metrics
+from tpuspec.select import may_span_hosts, select
 from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook

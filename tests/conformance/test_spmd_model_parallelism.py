@@ -11,7 +11,7 @@ from torch import nn
 
 from tpuspec import CrossShardOptimizer, InputPipelineConfig, ModeKeys, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.runtime import graph
-from tpuspec.runtime.select import select
+from tpuspec.select import select
 from tpuspec.spec.results import Batch
 
 NUM_DEVICES = int(os.environ["SPMD_DEVICES"])

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from tpuspec.loops.drift import DriftCheck, ReplicaDriftError
+from tpuspec.runtime.checksums import checksums
 
 
 def session_of(*models, other_hosts=lambda own: []):
@@ -18,8 +19,10 @@ def session_of(*models, other_hosts=lambda own: []):
         return [value, *other_hosts(value)]
 
     num_hosts = 1 + len(other_hosts([[[0.0, 0.0]]]))
-    backend = SimpleNamespace(fetch=lambda tree: tree,
-                              coordinator=SimpleNamespace(num_hosts=num_hosts, exchange=exchange))
+    backend = SimpleNamespace(
+        sums_of_parameters=lambda replicas: [checksums(replica.model) for replica in replicas],
+        topology=SimpleNamespace(num_replicas=len(models) * num_hosts, replicas_per_program=1),
+        coordinator=SimpleNamespace(num_hosts=num_hosts, exchange=exchange))
     return SimpleNamespace(module=models[0], replicas=[SimpleNamespace(model=model) for model in models],
                            backend=backend), asked
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch_xla.debug.metrics as xla_metrics
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
@@ -19,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from tests.models import make_config, make_trainer
 from tests.parity.test_exact_evaluation import DEPLOYMENTS, NUM_CLASSES, configured, model_fn, table
+from tests.regression import num_compiles
 from tpuspec import InputPipelineConfig, Trainer
 from tpuspec.errors import InputError
 
@@ -33,10 +33,6 @@ def folder() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as path:
         yield path
     TRAINERS.clear()
-
-
-def compiles() -> int:
-    return int(xla_metrics.counter_value("UncachedCompile") or 0)
 
 
 def trainer_of(folder: str, replicas: int, per_replica: int, deployment: InputPipelineConfig) -> tuple[Trainer, bool]:
@@ -73,12 +69,12 @@ def test_counts_means_rows_and_graphs_are_those_of_one_process(folder, num_rows,
                 run(input_fn)
         del TRAINERS[replicas, per_replica, deployment]  # its first evaluation is still to come
         return
-    before = compiles()
+    before = num_compiles()
     result = trainer.evaluate(input_fn)
     rows = np.stack([row["logits"] for row in trainer.predict(input_fn)])
-    assert len(trainer._sessions[True].replicas) == replicas
+    assert trainer._sessions[True].backend.topology.num_replicas == replicas
     # One for each mode; none where another Trainer of the process had the same graph.
-    assert compiles() - before <= 2 * is_new
+    assert num_compiles() - before <= 2 * is_new
     guesses, chances = logits.argmax(1), logits.double().softmax(1).numpy()
     assert result["accuracy"] == accuracy_score(labels, guesses)
     cells = result["cells"] * num_rows
@@ -92,11 +88,11 @@ def evaluated_and_predicted(trainer: Trainer, num_rows: int) -> tuple[int, int]:
     def input_fn(params):
         return TensorDataset(*table(num_rows))
 
-    before = compiles()
+    before = num_compiles()
     trainer.evaluate(input_fn)
-    between = compiles()
+    between = num_compiles()
     assert len(list(trainer.predict(input_fn))) == num_rows
-    return between - before, compiles() - between
+    return between - before, num_compiles() - between
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
@@ -105,7 +101,6 @@ def test_one_graph_is_compiled_for_each_mode_whatever_the_sizes(tmp_path, replic
     size = replicas * per_replica
     trainer, _ = trainer_of(str(tmp_path), replicas, per_replica, InputPipelineConfig.PER_HOST_V1)
     counts = [evaluated_and_predicted(trainer, num_rows) for num_rows in (2 * size, 1, 3 * size + 1, size - 1)]
-    # The first replica compiles, the others find its program.
     assert counts == [(1, 1), (0, 0), (0, 0), (0, 0)]
 
 

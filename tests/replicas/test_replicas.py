@@ -25,11 +25,8 @@ from tpuspec import (
     TPUEstimatorSpec,
     Trainer,
 )
+from tpuspec.errors import CaptureError, SpecError
 from tpuspec.loops.drift import ReplicaDriftError
-from tpuspec.runtime import graph
-from tpuspec.runtime.alone import Alone
-from tpuspec.runtime.pod import Pod
-from tpuspec.runtime.xla_replicas import XlaReplicas
 
 BATCH = 16
 RECORDED: list[list[float]] = []
@@ -212,28 +209,48 @@ def test_fault_30_an_error_on_one_replica_is_that_error_and_nothing_is_launched(
 
     def failing(features, labels, mode, params, model, optimizer, global_step):
         calls.append(features.device)
-        if len(calls) == 8:  # the second replica's trace of the second step; the rehearsal is the first call
-            raise KeyError("only on one replica")
+        if len(calls) == 3:  # the trace of the second step; the rehearsal is the first call
+            raise KeyError("only in one step")
         return model_fn(features, labels, mode, params, model, optimizer, global_step)
 
     trainer = make(4, tmp_path, model_fn=failing)
-    with pytest.raises(KeyError, match="only on one replica"):
+    with pytest.raises(KeyError, match="only in one step"):
         trainer.train(input_fn, steps=20)
     assert trainer._sessions[True].global_step == 1
-    all_weights = weights(trainer)  # readable, and those of one completed step on all replicas
-    for replica in all_weights:
-        for name, tensor in replica.items():
-            assert torch.equal(tensor, all_weights[0][name])
-    assert not torch.equal(all_weights[0]["0.weight"], net().state_dict()["0.weight"])
+    sums = trainer._sessions[True].backend.sums_of_parameters(trainer._sessions[True].replicas)
+    assert len(sums) == 4 and all(torch.equal(one, sums[0]) for one in sums)
+    assert not torch.equal(weights(trainer)[0]["0.weight"], net().state_dict()["0.weight"])  # of a completed step
 
 
-def test_replicas_that_compute_different_graphs_are_refused(tmp_path):
+@pytest.mark.parametrize("ask", ["ordinal", "gather"])
+def test_a_step_that_asks_which_replica_it_is_is_refused(ask, tmp_path):
+    import torch_xla.core.xla_model as xm
+    import torch_xla.runtime as xr
+
     def lopsided(features, labels, mode, params, model, optimizer, global_step):
-        differs = str(features.device) == "xla:1"
-        return model_fn(features.cos() if differs else features, labels, mode, params, model, optimizer, global_step)
+        if ask == "gather":
+            xm.all_gather(features)
+        elif xr.global_ordinal() == 1:
+            features = features.cos()
+        return model_fn(features, labels, mode, params, model, optimizer, global_step)
 
-    with pytest.raises(RuntimeError, match="the replicas computed different graphs"):
+    with pytest.raises(SpecError, match="asks which replica it is.*pin_layout=False"):
         make(2, tmp_path, model_fn=lopsided).train(input_fn, steps=5)
+
+
+def test_a_branch_on_a_value_that_differs_between_replicas_is_refused(tmp_path):
+    def branching(features, labels, mode, params, model, optimizer, global_step):
+        if features.sum() > features.numel():  # of the replica's own rows
+            features = features.cos()
+        return model_fn(features, labels, mode, params, model, optimizer, global_step)
+
+    def apart(params, mode):
+        x, y = rows(BATCH)
+        x[:BATCH // 2] = 5.0
+        return itertools.repeat((x, y))
+
+    with pytest.raises(CaptureError, match="the replicas computed different graphs.*must do the same"):
+        make(2, tmp_path, model_fn=branching).train(apart, steps=5)
 
 
 def test_a_train_op_that_steps_without_reducing_is_refused_before_anything_runs(tmp_path):
@@ -299,8 +316,8 @@ def test_a_hook_may_set_the_first_replicas_learning_rate_for_all(tmp_path):
     trainer.train(input_fn, steps=20, hooks=[Lower()])
     before = weights(trainer)
     trainer.train(input_fn, steps=10, hooks=[Lower()])
-    for name, tensor in before[1].items():
-        assert torch.equal(weights(trainer)[1][name], tensor)
+    for name, tensor in before[0].items():
+        assert torch.equal(weights(trainer)[0][name], tensor)
 
 
 def test_a_hook_may_freeze_and_unfreeze_layers_and_add_groups_on_the_first_replica_for_all(tmp_path):
@@ -327,29 +344,39 @@ def test_a_hook_may_freeze_and_unfreeze_layers_and_add_groups_on_the_first_repli
         trainer = make(num_shards, tmp_path / str(num_shards), model=frozen, optimizer=last_layer)
         trainer.train(input_fn, steps=30, hooks=[Turn()])
         found.append(trainer._sessions[True].model_state())
-        models = [replica.model for replica in trainer._sessions[True].replicas]
-        for parameters in zip(*(model.parameters() for model in models), strict=True):
-            assert all(torch.equal(one.detach().cpu(), parameters[0].detach().cpu()) for one in parameters)
+        sums = trainer._sessions[True].backend.sums_of_parameters(trainer._sessions[True].replicas)
+        assert len(sums) == num_shards and all(torch.equal(one, sums[0]) for one in sums)
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [True, False])
-def test_replicas_that_drift_apart_are_told_of_by_the_name_of_the_first_weight(changes, tmp_path):
-    class Halve(SessionRunHook):
-        """Changes the weights that it sees, which are the first replica's."""
+@pytest.mark.parametrize("reduces", [False, True])
+def test_replicas_that_drift_apart_are_told_of_by_the_name_of_the_first_weight(reduces, tmp_path):
+    def by_hand(features, labels, mode, params, model, optimizer):
+        """Steps without an optimizer, which nothing sees."""
+        loss = F.cross_entropy(model(features), labels)
 
-        def after_run(self, context):
-            if changes:
-                with torch.no_grad():
-                    trainer._sessions[True].replicas[0].model[2].weight.mul_(0.5)
+        def train_op():
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model[2].parameters():
+                    gradient = reduce_mean(parameter.grad) if reduces else parameter.grad
+                    parameter.sub_(0.1 * gradient)
+            model.zero_grad()
 
-    trainer = make(2, tmp_path, saves=30)
-    if not changes:
-        trainer.train(input_fn, max_steps=160, hooks=[Halve()])
+        return TPUEstimatorSpec(mode, loss=loss, train_op=train_op)
+
+    def reduce_mean(tensor):
+        import torch_xla.core.xla_model as xm
+
+        return xm.all_reduce(xm.REDUCE_SUM, tensor.clone(), scale=0.5)
+
+    trainer = make(2, tmp_path, model_fn=by_hand, saves=30)
+    if reduces:
+        trainer.train(input_fn, max_steps=160)
         return
     with pytest.raises(ReplicaDriftError, match=r"parameter '2\.weight' has not the same .* 0 and 1 at step 60"):
-        trainer.train(input_fn, max_steps=160, hooks=[Halve()])
+        trainer.train(input_fn, max_steps=160)
     assert trainer.latest_checkpoint().endswith("30")
 
 
@@ -372,12 +399,16 @@ def test_replicas_evaluate_with_the_statistics_of_the_checkpoint_and_train_on_wi
         return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
 
     def statistics(trainer):
-        return [replica["1.running_mean"] for replica in weights(trainer)]
+        """Returns the running mean on each replica."""
+        replica = trainer._sessions[True].replicas[0]
+        (array,) = trainer._sessions[True].backend.arrays_of([dict(replica.model.named_buffers())["1.running_mean"]])
+        return [torch.tensor(np.asarray(part.data)[0]) for part in array.addressable_shards]
 
     trainer = make(4, tmp_path, model=batch_norm_net(), saves=10)
     trainer.train(input_fn, max_steps=10)
     own = statistics(trainer)
-    assert not torch.equal(own[0], own[1])
+    assert len(own) == 4 and not torch.equal(own[0], own[1])
+    torch.testing.assert_close(weights(trainer)[0]["1.running_mean"], torch.stack(own).mean(0))
     saved = trainer.evaluate(input_fn, checkpoint_path=trainer.latest_checkpoint())
     live = trainer.evaluate(input_fn)
     alone = make(1, tmp_path, model=batch_norm_net()).evaluate(input_fn)
@@ -397,42 +428,3 @@ def test_many_starts_of_four_replicas_end_without_a_hang_or_a_thread(tmp_path, c
         trainer.train(input_fn, steps=200)
         assert trainer._sessions[True].global_step == 200
     assert threading.active_count() <= threads
-
-
-def in_a_pod(monkeypatch, order):
-    """Lets the replicas of this process be those of a pod's host, on devices that collectives have in another order."""
-    real_start = XlaReplicas.start
-
-    def start(config, **arguments):
-        plain = real_start(config, **arguments)
-        devices = [plain._devices[place] for place in order]
-        return XlaReplicas(devices, plain.topology, capture=config.capture, groups=plain._groups,
-                           pod=Pod(coordinator=Alone(), order=order))
-
-    monkeypatch.setattr(XlaReplicas, "start", start)
-    monkeypatch.setattr(graph, "all_devices", lambda: [f"CPU:{i}" for i in range(len(order))])
-
-
-@pytest.mark.parametrize("deployment", ["PER_HOST_V1", "BROADCAST"])
-def test_a_pods_host_tensors_come_to_the_chief_within_the_step_in_the_order_of_replicas(
-        deployment, tmp_path, monkeypatch):
-    settings = {"per_host_input_for_training": InputPipelineConfig[deployment],
-                "params": {"minimize": {"accumulate_steps": 2}}}
-
-    def run(folder):
-        trainer, records, all_weights = trained(4, tmp_path / folder, steps=12, **settings)
-        predictions = np.stack([row["logits"] for row in trainer.predict(input_fn)])
-        return trainer, records, all_weights[0], trainer.evaluate(input_fn), predictions
-
-    _, records, plain, metrics, predictions = run("plain")
-    in_a_pod(monkeypatch, (2, 0, 3, 1))
-    trainer, pod_records, pod_weights, pod_metrics, pod_predictions = run("pod")
-    backend = trainer._sessions[True].backend
-    assert [str(device) for device in backend._devices] == ["xla:2", "xla:0", "xla:3", "xla:1"]
-    assert backend.step_kind == "replay"
-    # Sums over replicas in another order have other last bits; rows in another order would differ in the first.
-    np.testing.assert_allclose(pod_records, records, atol=1e-5)
-    assert pod_metrics == pytest.approx(metrics, abs=1e-5)
-    np.testing.assert_allclose(pod_predictions, predictions, atol=1e-5)
-    for name, tensor in plain.items():
-        torch.testing.assert_close(pod_weights[name], tensor, atol=1e-6, rtol=1e-6)

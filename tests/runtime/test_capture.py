@@ -462,20 +462,18 @@ def test_reading_a_weight_within_a_loop_is_an_error(tmp_path):
 
 def test_a_step_writes_every_state_where_it_was(tmp_path):
     """XLA pairs donated buffers with outputs by size and order alone; a wrong pair costs copies of both."""
-    import torch_xla
-    import torch_xla.core.xla_model as xm
-
     places: list[dict[str, int]] = []
 
     class Places(SessionRunHook):
         def after_run(self, context):
-            replica = trainer._sessions[True].replicas[0]
-            xm.wait_device_ops()
+            session = trainer._sessions[True]
+            replica = session.replicas[0]
             state = {name: value for name, value in replica.model.named_parameters()
                      if value.requires_grad and "unused" not in name}
             for index, values in enumerate(replica.optimizers[""].state.values()):
                 state |= {f"{index} {key}": value for key, value in values.items() if value.ndim}
-            places.append({name: torch_xla._XLAC._unsafe_buffer_pointer(value) for name, value in state.items()})
+            places.append({name: array.unsafe_buffer_pointer() for name, array in zip(
+                state, session.backend.arrays_of(list(state.values())), strict=True)})
 
     trainer = Trainer(classify, model=TiedText(), optimizer=adamw, train_batch_size=BATCH, model_dir=tmp_path,
                       config=RunConfig(show_progress=False, capture="require", save_checkpoints_steps=None,

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from tpuspec.errors import SpecUsageError
 from tpuspec.loops.session import Session
 
@@ -37,6 +34,12 @@ class DriftCheck:
     _distance: int = _FIRST_DISTANCE
     _next: int | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether there are several replicas."""
+        topology = self.session.backend.topology
+        return topology.num_replicas > topology.replicas_per_program
+
     def at_boundary(self, step: int) -> None:
         """Compares, if it is time; waits for the devices then.
 
@@ -47,8 +50,7 @@ class DriftCheck:
           ReplicaDriftError: a parameter differs; it names the first one.
         """
         session = self.session
-        is_alone = len(session.replicas) == session.backend.coordinator.num_hosts == 1
-        if is_alone or session.module is None or next(session.module.parameters(), None) is None:
+        if not self.compares or session.module is None or next(session.module.parameters(), None) is None:
             return
         if self._next is None:
             self._next = step + min(self._distance, self.most_steps)
@@ -61,26 +63,21 @@ class DriftCheck:
     def _compare(self, step: int) -> None:
         session = self.session
         assert session.module is not None
-        own = session.backend.fetch([_checksums(replica.model) for replica in session.replicas if replica.model])
+        own = session.backend.sums_of_parameters(session.replicas)
         found = session.backend.coordinator.exchange([sums.tolist() for sums in own], name="sums of the parameters")
         (first, *others) = [replica for host in found for replica in host]
         names = [name for name, _ in session.module.named_parameters()]
         for ordinal, other in enumerate(others, start=1):
-            for name, (one_sum, size), (other_sum, _) in zip(names, first, other, strict=True):
-                is_number = math.isfinite(one_sum) or math.isfinite(other_sum)
-                if is_number and not abs(one_sum - other_sum) <= _MOST_DIFFERENCE * size:
+            for name, of_one, of_other in zip(names, first, other, strict=True):
+                # The sizes too: of a last layer the sum stays, as gradients of a cross entropy add up to 0.
+                if any(_differ(own, its, of_one[1]) for own, its in zip(of_one, of_other, strict=True)):
                     raise ReplicaDriftError(
                         f"the replicas have drifted apart: parameter {name!r} has not the same values on replicas 0 "
                         f"and {ordinal} at step {step}. Every replica must make the same update: step optimizers by "
-                        "CrossShardOptimizer or xm.optimizer_step, and change weights in model_fn, not in a hook, "
-                        "which sees the first replica alone.")
+                        "CrossShardOptimizer or xm.optimizer_step: what a train_op writes without one "
+                        "comes of its own replica's rows.")
 
 
-def _checksums(model: torch.nn.Module) -> Tensor:
-    """Returns the sums of values and of sizes, float32 [number of parameters, 2], on the parameters' device."""
-    values = [_real(parameter.detach()).float() for parameter in model.parameters()]
-    return torch.stack([torch.stack([value.sum(), value.abs().sum()]) for value in values])
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _differ(one: float, other: float, size: float) -> bool:
+    is_number = math.isfinite(one) or math.isfinite(other)
+    return is_number and not abs(one - other) <= _MOST_DIFFERENCE * size

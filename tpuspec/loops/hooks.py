@@ -90,6 +90,11 @@ class HookRunner:
         if error is None and second is not None:
             raise second
 
+    @property
+    def are_any(self) -> bool:
+        """Whether there is a hook."""
+        return bool(self._hooks)
+
     def before_run(self, step: int) -> None:
         """Calls before_run of every hook."""
         self._call("before_run", step)

@@ -64,15 +64,15 @@ class Saver:
         if is_saved:
             self._policy.saved(step)
             return False
-        return self._save(step) if self._policy.enabled else False
+        return self.save(step) if self._policy.enabled else False
 
     def is_due(self, step: int) -> bool:
-        """Whether at_boundary would save."""
+        """Whether it is time to save."""
         return self._policy.should_save(step)
 
-    def at_boundary(self, step: int) -> bool:
-        """Saves if it is time; returns whether a listener asks to stop."""
-        return self._save(step) if self.is_due(step) else False
+    def save(self, step: int) -> bool:
+        """Saves; returns whether a listener asks to stop."""
+        return self._listeners.around(step, self._write)
 
     def check(self) -> None:
         """Raises the error of a save under way, without waiting for it."""
@@ -82,7 +82,7 @@ class Saver:
         """Saves the last state, unless it is saved, and waits for the commit."""
         self._wait()
         if self._policy.should_save_last(step):
-            self._save(step)
+            self.save(step)
         self._wait()
         self._listeners.end(step)
 
@@ -92,9 +92,6 @@ class Saver:
             self._manager.close()
         except TpuspecError as error:
             logger.warning("a checkpoint failed too: %s", error)
-
-    def _save(self, step: int) -> bool:
-        return self._listeners.around(step, self._write)
 
     def _write(self) -> None:
         with in_phase("save"):

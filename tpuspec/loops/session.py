@@ -257,11 +257,12 @@ class Session:
 
     @contextlib.contextmanager
     def with_buffers_of_chief(self) -> Iterator[None]:
-        """Lends the buffers of the chief's first replica, such as BatchNorm's running statistics, to all replicas.
+        """Lends all replicas the buffers that checkpoints have, such as BatchNorm's running statistics.
 
-        Gradients keep parameters equal; buffers follow each replica's own rows. Those of the first are in checkpoints.
+        Gradients keep parameters equal; buffers follow each replica's own rows. Those of a program's replicas are
+        averaged, and of several processes the chief's are taken.
         """
-        with self.keeping_buffers() as own:
+        with self.backend.keeping_statistics(whole=True), self.keeping_buffers() as own:
             if own:
                 first = self.backend.coordinator.share(own[0])
                 for replica, buffers in zip(self.replicas, own, strict=True):
@@ -277,8 +278,9 @@ class Session:
           For each local replica its buffers on the host; nothing where one replica is all, or has none.
         """
         buffers = [_buffers_of(replica) for replica in self.replicas]
-        if self.backend.topology.num_replicas == 1 or not buffers[0]:
-            yield []
+        if len(self.replicas) == self.backend.coordinator.num_hosts == 1 or not buffers[0]:
+            with self.backend.keeping_statistics(whole=False):
+                yield []
             return
         own = _own(self.backend.fetch(buffers), buffers)
         try:

@@ -51,7 +51,7 @@ class TrainLoop:
           hooks.before_run
           iterations_per_loop times: draw a batch, feed it, dispatch the step, submit it to the drain
             (steps_per_execution of them at a time, once the step is captured)
-          publish the state; if it is time, wait for the host work and save; hooks.after_run
+          publish the state, where somebody reads it; if it is time, wait for the host work and save; hooks.after_run
         wait for the host work; save the last checkpoint; hooks.end
 
     A signal stops it after the step under way, breaks off a wait for the input, and is given up waiting for where a
@@ -114,7 +114,6 @@ class TrainLoop:
         except (KeyboardInterrupt, SystemExit):
             if self._is_in_step or not self.interruption.is_first:
                 raise
-            self.step.publish()
             self._finish()
             return False
 
@@ -128,13 +127,15 @@ class TrainLoop:
             self.hooks.before_run(session.global_step)
             begun, first = self.clock(), session.global_step
             input_ended, last_outputs = self._run_steps(size)
-            self.step.publish()
+            is_due = self.saver.is_due(session.global_step)
+            if self.hooks.are_any or is_due or self.drift.compares:  # nobody else reads modules and optimizers
+                self.step.publish()
             self.sizer.finished(self.clock() - begun, session.global_step - first)
             self.drift.at_boundary(session.global_step)
-            if self.saver.is_due(session.global_step):
+            if is_due:
                 self.drain.flush()  # no state is saved behind a step whose host work failed
-            if self.saver.at_boundary(session.global_step):
-                context.request_stop()
+                if self.saver.save(session.global_step):
+                    context.request_stop()
             if session.global_step > first:
                 self.hooks.after_run(session.global_step, last_outputs[0].functions.hooks)
         self._finish()
@@ -143,6 +144,7 @@ class TrainLoop:
     def _finish(self) -> None:
         self.interruption.may_break_off = False
         self.input_end.end()
+        self.step.publish()
         if not self.drain.flush(self.interruption.host_work_seconds):
             logger.warning("host functions are too slow to be waited for in RunConfig.grace_seconds: step %d is saved "
                            "before they have run.", self.session.global_step)

@@ -7,14 +7,13 @@ each launched, so that an error in one replica's trace is that error and nothing
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tpuspec.config import CaptureMode
 from tpuspec.errors import CaptureError
@@ -31,15 +30,16 @@ from tpuspec.runtime.recording import (
     Watch,
     compile_recording,
     differences,
-    launch,
     record,
     undone_on_error,
 )
 from tpuspec.runtime.replica_state import ReplicaState
+from tpuspec.runtime.runtimes import OnTorchXla
 from tpuspec.runtime.sent_batch import form_of
 from tpuspec.runtime.signature import Signature, read_signature, told_change
 from tpuspec.runtime.slots import Slot
-from tpuspec.spec.backend import CompiledStep, Replica, StepFunction
+from tpuspec.spec.backend import CompiledStep, StepFunction
+from tpuspec.spec.engine import OfStep
 from tpuspec.spec.results import Batch, StepOutput, rebuild
 from tpuspec.spec.user_threads import USER_CODE
 
@@ -69,29 +69,31 @@ class CapturedStep:
 
     Args:
       step: the step of one replica.
-      replicas: the local replicas, equal in state.
+      states: of the local replicas, which are equal; other steps of theirs go on from there.
       mode: `off` traces every step anew, `require` raises where a step cannot be captured.
       audit_every: replays between two traces that check that the step is still what was captured.
       enter: makes the backend the one that steps reduce with; a context manager for each trace.
       name: of the step in messages.
       fallback: runs a step that is traced for good; None records and launches each.
-      numbers: of the optimizers.
-      num_steps: training steps that `step` makes.
+      num_stacked: replicas whose outputs are stacked in those of `step`; 0 for one.
 
     Attributes:
       kind: how the newest step ran, 'replay' or 'traced'. The check of a step that is replayed is a replay too.
     """
 
-    def __init__(self, step: StepFunction, replicas: Sequence[Replica], *, mode: CaptureMode, audit_every: int,
+    def __init__(self, step: StepFunction, states: Sequence[ReplicaState], *, mode: CaptureMode, audit_every: int,
                  enter: Callable[[], Any], name: str, fallback: CompiledStep | None = None,
-                 numbers: OptimizerNumbers | None = None, num_steps: int = 1) -> None:
+                 num_stacked: int = 0) -> None:
         self.kind = "traced"
-        self._step, self._replicas, self._name = step, tuple(replicas), name
-        self._mode, self._enter, self._fallback = mode, enter, fallback
-        self._num_steps, self._audit_every = num_steps, max(1, audit_every // num_steps)
-        self._states = [ReplicaState(replica) for replica in replicas]
+        self._step, self._name = step, name
+        self._states = list(states)
+        self._replicas = replicas = tuple(state.replica for state in states)
+        self._runtime, self._is_apart = states[0].runtime, states[0].is_apart
+        self._mode, self._enter, self._fallback, self._num_stacked = mode, enter, fallback, num_stacked
+        self._audit_every = audit_every
         self._several = len(replicas) > 1
-        self._of_optimizers = numbers or OptimizerNumbers(replicas)
+        self._is_alone = states[0].num_replicas == 1
+        self._of_optimizers = OptimizerNumbers(replicas)
         self._plans: dict[tuple[int, Hashable, int], list[NumberPlan]] = {}
         self._counters: dict[tuple[Hashable, ...], int] = {}
         self._counters_now = 0
@@ -107,7 +109,9 @@ class CapturedStep:
         self._changes: dict[int, list[_Told]] = {}
         self._captured: list[_Told] = []
         self._in_flight = self._has_replayed = self._has_read = False
+        self._num_reading = 0  # traces in a row: optimizers may read while they make their state
         self._written: set[int] = set()
+        self._newest: Program | None = None
         self._memory = Memory(step, replicas[0])
         self._settings: Snapshot | None = None
         # What the newest step reads and writes. A thread of torch_xla that is the last to hold a buffer waits for the
@@ -123,6 +127,17 @@ class CapturedStep:
         """Dispatches one step on each replica's batch; does not wait for it."""
         if self._gave_up:
             return self._trace(batches, micro_step, None)
+        key, program = self._next(batches, micro_step)
+        if program is None or (program.num_replays >= program.audit_at and micro_step == 0):
+            self.publish()
+            return self._trace(batches, micro_step, key)
+        program.num_replays += 1
+        self._has_replayed = True
+        self.kind = "replay"
+        return self._replay(program, batches)
+
+    def _next(self, batches: Sequence[Batch], micro_step: int) -> tuple[_Key, Program | None]:
+        """Prepares the next step; returns its key, and the program that may be replayed for it."""
         if (others := self._of_optimizers.others()) != self._others:
             self.publish()  # a schedule has moved what is no number
             self._trusted.clear()
@@ -134,19 +149,7 @@ class CapturedStep:
         key = (*of_plans, self._prepared(self._plans.get(of_plans, ())))
         program = next((program for program in self._trusted.get(key, ())
                         if program.may_run(self._states, batches, self._numbers)), None)
-        if program is None or (program.num_replays >= program.audit_at and micro_step == 0) or (
-                not self._of_optimizers.are(program.known)):
-            self.publish()
-            return self._trace(batches, micro_step, key)
-        program.num_replays += 1
-        self._has_replayed = True
-        self.kind = "replay"
-        return self._replay(program, batches)
-
-    @property
-    def has_given_up(self) -> bool:
-        """Whether every step is traced from now on."""
-        return self._gave_up
+        return key, program if program is not None and self._of_optimizers.are(program.known) else None
 
     def publish(self) -> None:
         """Makes the newest state readable in the modules and optimizers."""
@@ -162,6 +165,12 @@ class CapturedStep:
             if self._has_replayed:
                 self._has_replayed = False
                 self._check_settings()
+        if self._states[0].holder in (None, self):
+            self._make_readable()
+
+    def _make_readable(self) -> None:
+        for state in self._states:
+            state.make_readable()
 
     def _prepared(self, plans: Sequence[NumberPlan]) -> int:
         """Prepares the optimizers' numbers by the first plan that serves; returns its place, or that of a new one."""
@@ -182,6 +191,9 @@ class CapturedStep:
                 "batch, change it in a hook, or set capture=off.")
 
     def _adopt(self) -> None:
+        if (holder := self._states[0].holder) not in (None, self):
+            holder.publish()
+        self._states[0].holder = self
         self._follow_first_replica()
         self._of_optimizers.settle()
         self._counters_now = self._counters.setdefault(self._of_optimizers.adopt(), len(self._counters))
@@ -203,9 +215,9 @@ class CapturedStep:
 
     def _trace(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
         """Runs a step by tracing it; makes it a program if that is safe; says what it costs if it is compiled anew."""
-        begun, num_compiles = time.perf_counter(), graph.num_compiles()
+        begun, num_compiles = time.perf_counter(), self._runtime.num_compiles()
         outputs = self._run_traced(batches, micro_step, key)
-        if graph.num_compiles() == num_compiles:
+        if self._runtime.num_compiles() == num_compiles:
             self._seconds = time.perf_counter() - begun
         elif self._gave_up:
             form = (micro_step, form_of(batches[0]))
@@ -217,8 +229,11 @@ class CapturedStep:
 
     def _run_traced(self, batches: Sequence[Batch], micro_step: int, key: _Key | None) -> list[StepOutput]:
         self.kind = "traced"
-        if self._fallback is not None and self._gave_up:
+        if self._fallback is not None and self._gave_up and (self._num_reading > 1 or not self._is_apart):
+            self._make_readable()
             return self._fallback(batches, micro_step)
+        if (holder := self._states[0].holder) not in (None, self):
+            holder.publish()
         befores: list[Before] = []
         self._follow_first_replica()  # the schedule has moved on since the loop began
         self._of_optimizers.settle()
@@ -227,14 +242,22 @@ class CapturedStep:
             if key is not None:
                 self._judge(key, recordings)
         results, values = [], [recording.values for recording in recordings]
-        for state, recording in zip(self._states, recordings, strict=True):
+        for state, recording, before, batch in zip(self._states, recordings, befores, batches, strict=True):
             graph.use_device(state.device)
-            results.append(launch(recording))
+            results.append(state.launch(recording, before, batch))
         graph.use_device(self._states[0].device)
-        self._kept = (values, results)
-        return [replace(recording.output, tensors=rebuild(recording.output.tensors, iter(
-            _host_tensors(recording, result, batch))))
+        if not self._is_apart:
+            self._kept = (values, results)
+        return [self._output(recording.output, self._host_tensors(recording, result, batch))
             for recording, result, batch in zip(recordings, results, batches, strict=True)]
+
+    def _host_tensors(self, recording: Recording, result: Sequence[Any], batch: Batch) -> list[Any]:
+        of_batch = [] if all(source.kind != "batch" for source in recording.sources) else self._runtime.of_batch(batch)
+        return [of_batch[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
+
+    def _output(self, form: StepOutput, tensors: Sequence[Any]) -> StepOutput:
+        return StepOutput(tensors=rebuild(form.tensors, iter(tensors)), functions=form.functions,
+                          is_update=form.is_update, num_stacked=self._num_stacked or form.num_stacked)
 
     def _watch_of(self, key: _Key | None) -> Watch:
         """A step that may be one of the programs is only held against them, which is quicker."""
@@ -249,16 +272,29 @@ class CapturedStep:
         with self._enter(), torch.autograd.set_multithreading_enabled(False):
             for state, batch in zip(self._states, batches, strict=True):
                 graph.use_device(state.device)
+                state.make_readable()
                 befores.append(before := Before(state.replica))
+                state.note(before)
                 seed = graph.get_seed(state.device)
-                recording = record(
-                    state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
-                    memory=self._memory, watch=watch if not recordings or watch is Watch.nothing else Watch.device,
-                    locate=self._has_read, num_steps=self._num_steps, is_alone=not self._several)
-                compile_recording(recording, state.device)
-                graph.set_seed(graph.seed_after(seed, self._num_steps), state.device)
+                record_with = functools.partial(
+                    record, state.replica, self._step, batch, micro_step, before=before, numbers=self._of_optimizers,
+                    memory=self._memory, runtime=self._runtime, inputs_of=state.inputs_of(before, batch),
+                    watch=watch if not recordings or watch is Watch.nothing else Watch.device,
+                    is_alone=self._is_alone)
+                recording = record_with(locate=self._has_read)
+                if recording.has_read and self._is_apart and not self._is_alone:
+                    before.restore()
+                    graph.set_seed(seed, state.device)
+                    notes = record_with(watch=Watch.device, locate=True).notes
+                    raise CaptureError(f"{self._name} cannot run on several replicas: {notes[0]}. One program serves "
+                                       "all of them, and what it reads would be the first replica's.")
+                # What has read goes on where it read: on torch_xla's own runtime.
+                runtime = OnTorchXla() if recording.has_read else self._runtime
+                compile_recording(recording, state.device, runtime)
+                graph.set_seed(graph.next_seed(seed), state.device)
                 recordings.append(recording)
         self._has_read = recordings[0].has_read
+        self._num_reading = self._num_reading + 1 if self._has_read else 0
         if len({recording.graph for recording in recordings}) > 1:
             raise CaptureError(f"the replicas computed different graphs in {self._name}, and would wait for each other "
                                "for ever. model_fn must do the same on every replica: no branch on an ordinal.")
@@ -342,7 +378,8 @@ class CapturedStep:
         if previous is not None:
             reasons += [] if previous.notes else differences(previous, newest, self._replicas[0])
             if not reasons and not previous.notes:
-                program = Program.of(recordings, previous, self._numbers)
+                constants = [self._runtime.take(recording.constants) for recording in recordings]
+                program = Program.of(recordings, constants, previous, self._numbers)
                 self._keep(key, program)
                 self._traces = {one: trace for one, trace in self._traces.items() if one[0] != key}
                 self._trust(key, program)
@@ -363,9 +400,9 @@ class CapturedStep:
         told = f"{self._name} cannot be captured and replayed: {reasons[0]}."
         if self._mode is CaptureMode.require:
             raise CaptureError(f"{told} Mend that, or set capture=auto to trace every step.")
-        instead = "They run one at a time" if self._num_steps > 1 else "Every step is traced"
         cost = f" (the newest trace took {self._seconds:.2g} s)" if self._seconds else ""
-        logger.warning("%s %s instead, which is right but slower%s. capture=off asks for that.", told, instead, cost)
+        logger.warning("%s Every step is traced instead, which is right but slower%s. capture=off asks for that.",
+                       told, cost)
         self._gave_up, self._reason = True, reasons[0]
         self._programs.clear()
         self._trusted.clear()
@@ -404,15 +441,17 @@ class CapturedStep:
                 "the last check. Mend that, or set capture=off.")
 
     def _replay(self, program: Program, batches: Sequence[Batch]) -> list[StepOutput]:
-        feeds, results = [], []
-        sent = [batch.tensors() for batch in batches]
+        feeds, results, self._newest = [], [], program
+        sent = [self._runtime.of_batch(batch) for batch in batches]
         for ordinal, (state, tensors) in enumerate(zip(self._states, sent, strict=True)):
+            if program.written:
+                state.leave_module()
             feeds.append(program.feed(ordinal, state, tensors, self._of_optimizers))
-            state.seed = graph.seed_after(state.seed, self._num_steps)
+            state.seed = graph.next_seed(state.seed)
         for state, feed in zip(self._states, feeds, strict=True):
             if self._several:
                 graph.use_device(state.device)
-            results.append(graph.run(program.graph, feed) if program.graph else [])
+            results.append(program.compiled.run(feed) if program.compiled else [])
         if self._several:
             graph.use_device(self._states[0].device)  # where another Trainer's single replica is
         self._of_optimizers.advance()
@@ -426,16 +465,67 @@ class CapturedStep:
         if not self._written.issuperset(program.written):
             self._written.update(program.written)
         self._written.update(program.dropped)
-        self._kept = (feeds, sent, results)
-        return [StepOutput(tensors=rebuild(output.tensors, iter(
-            [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])),
-            functions=output.functions, is_update=output.is_update, num_stacked=output.num_stacked)
+        if not self._is_apart:
+            self._kept = (feeds, sent, results)
+        return [self._output(
+            output, [tensors[number] if from_batch else result[number] for from_batch, number in program.sources])
             for output, result, tensors in zip(program.outputs, results, sent, strict=True)]
 
 
-def _host_tensors(recording: Recording, result: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-    tensors = batch.tensors()
-    return [tensors[source.key] if source.kind == "batch" else result[source.key] for source in recording.sources]
+    def may_run_several(self, num_steps: int) -> bool:
+        """Whether so many steps may come before the next audit, as one program."""
+        program = self._newest
+        return self.kind == "replay" and program is not None and program.may_loop and (
+            program.num_replays + num_steps <= program.audit_at)
+
+    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[list[StepOutput]] | None:
+        """Replays one program for several steps, as a loop on an engine's device; does not wait for it.
+
+        Args:
+          batches: for each step that of the single replica.
+          after_each: called once a step, after its learning rates were read: it sets those of the next one.
+
+        Returns:
+          For each step its output; None where the steps need more than one program, and none was dispatched.
+        """
+        _, program = self._next(batches[0], 0)
+        if program is None or program.num_replays + len(batches) > program.audit_at or (
+                loop := program.loop(len(batches), self._runtime)) is None:
+            return None
+        mark = self._of_optimizers.mark()
+        try:
+            numbers = self._numbers_of(program, batches, after_each)
+        except BaseException:
+            self._of_optimizers.go_back(mark)
+            raise
+        if numbers is None:
+            self._of_optimizers.go_back(mark)
+            return None
+        state = self._states[0]
+        program.num_replays += len(batches)
+        self._has_replayed, self.kind = True, "replay"
+        state.leave_module()
+        sent = [self._runtime.of_batch(parts[0]) for parts in batches]
+        results = loop.run(loop.feed(state, sent, numbers))
+        for number, value in zip(program.written, results, strict=False):
+            state.values[number] = value
+        self._written.update(program.written)
+        output = program.outputs[0]
+        return [[self._output(output, [sent[step][number] if from_batch else OfStep(results[number], step)
+                                       for from_batch, number in program.sources])] for step in range(len(batches))]
+
+    def _numbers_of(self, program: Program, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+                    ) -> list[tuple[NumberPlan, list[Any]]] | None:
+        """Returns the numbers of the optimizers in each of several steps; None where a step needs another program."""
+        numbers, others = [], self._others
+        for i, parts in enumerate(batches):
+            if i and (self._of_optimizers.others() != others or self._next(parts, 0)[1] is not program):
+                return None
+            numbers.append(self._of_optimizers.prepared())
+            self._of_optimizers.advance()
+            after_each()
+        return numbers
 
 
 def _told_change(old: _Told, new: _Told) -> str | None:

@@ -6,9 +6,6 @@ import os
 
 from tpuspec.errors import ConfigError
 
-KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
-"""In XLA_FLAGS: XLA:CPU keeps optimization barriers until its operations are fused; it would drop them before."""
-
 
 def read_first_address(world: int) -> tuple[str, int]:
     """Returns host and port where the first of several processes is reached.

@@ -34,8 +34,8 @@ _CLOCKS = frozenset(getattr(time, name) for name in (
 _DATES = frozenset({"now", "utcnow", "today"})
 _OUTSIDE = {**dict.fromkeys(_CLOCKS, "the clock"), os.urandom: "random numbers of the system",
             secrets.token_bytes: "random numbers of the system", open: "a file", input: "a line of the terminal"}
-_LIBRARIES = ("torch", "torch_xla", "torchmetrics", "numpy", "hydra", "omegaconf", "tensorboard", "_pytest", "pluggy",
-              "hypothesis")
+_LIBRARIES = ("torch", "torch_xla", "jax", "jaxlib", "torchmetrics", "numpy", "hydra", "omegaconf", "tensorboard",
+              "_pytest", "pluggy", "hypothesis")
 _MAX_OBJECTS = 5000
 
 

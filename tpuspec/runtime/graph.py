@@ -155,6 +155,24 @@ def waiting(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor for tensor, is_pending in zip(tensors, pending(tensors), strict=True) if is_pending]
 
 
+def make_gone(like: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Returns tensors of the shapes and dtypes of others whose buffers are gone: reading one is an error."""
+    kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(like):
+        kinds.setdefault((tensor.shape, tensor.dtype), []).append(number)
+    made: list[Tensor] = [torch.empty(0)] * len(like)
+    for (shape, dtype), numbers in kinds.items():
+        (lost,) = send([torch.zeros(shape, dtype=dtype)], device)
+        for number in numbers:
+            made[number] = _C._get_tensors_xla_device_data_node([lost])[1][0]
+        donate([inner(lost)])
+        result = computed(lost)
+        inputs = graph_inputs([result])
+        run(compile_graph([result]), [found.value for found in inputs])
+        _C._clear_pending_irs(device)
+    return made
+
+
 def num_pending(device: str) -> int:
     """Counts the live tensors of a device whose values are still to be computed."""
     return sum(_C._check_device_tensor_need_materialization(device))
@@ -196,6 +214,11 @@ def has_collectives(roots: Sequence[Tensor]) -> bool:
     return "cross_replica" in (text := _C._get_xla_tensors_text(list(roots))) or "all_" in text
 
 
+def held(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns tensors that keep the buffers of others alive, which are not pending, whatever is written to those."""
+    return _C._get_tensors_xla_device_data_node(list(tensors))[1] if tensors else []
+
+
 def forget_dtypes(tensors: Sequence[Tensor]) -> None:
     """Lets tensors that are not pending be as a program's outputs are, so that their graphs have one hash.
 
@@ -217,6 +240,16 @@ def donate(values: Sequence[Tensor], *, donated: bool = True) -> None:
     """Gives the buffers of some inputs to the next graph, which may write its outputs there; they are gone then."""
     for value in values:
         _C._set_buffer_donation(value, donated)
+
+
+def graph_hash(roots: Sequence[Tensor]) -> bytes:
+    """Returns a hash of the graph behind pending tensors: of what it computes, not of what it is given."""
+    return _C._get_graph_hash(list(roots))
+
+
+def stablehlo(roots: Sequence[Tensor]) -> bytes:
+    """Returns the graph behind pending tensors as a portable StableHLO artifact."""
+    return xm.get_stablehlo_bytecode(list(roots))  # type: ignore[arg-type]  # it takes a list
 
 
 def compile_graph(roots: Sequence[Tensor]) -> bytes:
@@ -248,21 +281,9 @@ def publish(tensor: Tensor, value: Tensor) -> None:
     torch._functionalize_commit_update(tensor)
 
 
-def separate(tensors: Sequence[Tensor]) -> None:
-    """Keeps what is computed from pending tensors from being compiled into one with what computes them."""
-    _C._xla_optimization_barrier_(list(tensors))
-
-
 def next_seed(seed: int) -> int:
     """Returns the seed of the step after the one with `seed`, as torch_xla's step marker makes it."""
     return (_SEED_ADD + _SEED_FACTOR * seed) % _SEED_MODULUS
-
-
-def seed_after(seed: int, num_steps: int) -> int:
-    """Returns the seed so many steps after the one with `seed`."""
-    for _ in range(num_steps):
-        seed = next_seed(seed)
-    return seed
 
 
 def seed_after_draw(seed: int) -> int:

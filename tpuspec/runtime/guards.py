@@ -18,10 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
-from tpuspec.runtime.sources import Source
+from tpuspec.runtime.runtimes import Runtime
+from tpuspec.runtime.sources import Source, is_own_source
+from tpuspec.spec.engine import Run
 from tpuspec.spec.functions import user_place
+
+InputsOf = Callable[[Sequence[Source], Sequence[Tensor]], list[Any]]
+"""From the sources of a graph's inputs, and their values in the trace, to what it is run with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +36,7 @@ class Guard:
 
     Attributes:
       graph: hash of the compiled graph that computes it.
+      runtime: runs it by `run`.
       inputs: where each input of the graph comes from.
       constants: inputs that are neither state, batch nor seed, by the number of their source.
       numbers: the constants on the host, for comparing.
@@ -38,8 +45,10 @@ class Guard:
     """
 
     graph: bytes
+    runtime: Runtime
+    run: Run
     inputs: tuple[Source, ...]
-    constants: tuple[Tensor, ...]
+    constants: tuple[Any, ...]
     numbers: tuple[Tensor, ...]
     answer: str
     place: str
@@ -57,7 +66,8 @@ class Guard:
         """
         feed = [self.constants[source.key] if source.kind == "constant" else values[source.kind](source.key)
                 for source in self.inputs]
-        return all(value is not None for value in feed) and _answer(self.graph, feed)[1] == self.answer
+        return all(value is not None for value in feed) and (
+            _answer(self.runtime, self.run, feed)[1] == self.answer)
 
 
 class GuardedReads:
@@ -69,13 +79,16 @@ class GuardedReads:
     Args:
       source_of: where an input of a graph comes from; None for a constant.
       reads: counts what is read.
+      runtime: computes them.
+      inputs_of: returns the inputs of a graph.
       is_alone: whether there is one replica.
     """
 
-    def __init__(self, source_of: Callable[[graph.GraphInput], Source | None], reads: HostReads, *,
-                 is_alone: bool) -> None:
+    def __init__(self, source_of: Callable[[graph.GraphInput], Source | None], reads: HostReads,
+                 runtime: Runtime, inputs_of: InputsOf, *, is_alone: bool) -> None:
         self.found: list[Guard] = []
         self._source_of, self._reads, self._is_alone = source_of, reads, is_alone
+        self._runtime, self._inputs_of = runtime, inputs_of
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -104,17 +117,22 @@ class GuardedReads:
                 elif source.kind == "number":
                     return None
                 sources.append(source)
-            compiled = graph.compile_graph([root])
-            value, answer = _answer(compiled, [found.value for found in inputs])
+            compiled = self._runtime.compile([root], [], [is_own_source(source) for source in sources], [True])
+            value, answer = _answer(self._runtime, compiled.run, self._inputs_of(
+                sources, [found.value for found in inputs]))
             self.found.append(Guard(
-                graph=compiled, inputs=tuple(sources), constants=tuple(constants),
+                graph=compiled.key, runtime=self._runtime, run=compiled.run, inputs=tuple(sources),
+                constants=tuple(self._runtime.take(constants)),
                 numbers=tuple(graph.fetch(constants)), answer=answer, place=user_place(sys._getframe(1))))
             return value
 
 
-def _answer(compiled: bytes, feed: Sequence[Tensor]) -> tuple[Any, str]:
-    value = graph.fetch(graph.run(compiled, list(feed)))[0].item()
-    return value, f"{type(value).__name__} {value!r}"
+def _answer(runtime: Runtime, run: Run, feed: Sequence[Any]) -> tuple[Any, str]:
+    values = runtime.fetch(run(feed))[0].reshape(-1).tolist()
+    if any(repr(value) != repr(values[0]) for value in values):
+        raise CaptureError(f"the replicas computed different graphs: the step reads {values} from them, and a branch "
+                           "on it would differ. model_fn must do the same on every replica.")
+    return values[0], f"{type(values[0]).__name__} {values[0]!r}"
 
 
 class _OfThread(threading.local):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from tpuspec.config import RunConfig
 from tpuspec.errors import DeviceError, SpecError
 from tpuspec.runtime import tree_codec
 from tpuspec.runtime.alone import Alone
+from tpuspec.runtime.checksums import checksums
 from tpuspec.runtime.environment import read_local_rank
 from tpuspec.runtime.gradients import sum_gradients
 from tpuspec.runtime.placement import module_as_before, move_module
@@ -129,6 +131,14 @@ class NativeBackend:
         if self._device.type == "cpu":
             return tree
         return pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, tree)
+
+    def keeping_statistics(self, *, whole: bool) -> contextlib.AbstractContextManager[None]:
+        """Each process has one replica, whose buffers the session keeps."""
+        return contextlib.nullcontext()
+
+    def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
+        """Returns the sums of values and of sizes of the parameters."""
+        return self.fetch([checksums(replica.model) for replica in replicas if replica.model is not None])
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
         """Reduces the gradients over all processes, at once, and applies them."""

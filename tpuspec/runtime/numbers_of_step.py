@@ -32,21 +32,12 @@ class NumbersOfStep:
         self.values: dict[Leaf, Any] = {}
         self.trace = NumberTrace()
         self.ops = NumberOps(self.trace, replica.device, keep_handles=watch)
-        self._replica, self._step = replica, 0
+        self._replica = replica
         self._leaves, self._leaf_of = Leaves(), dict[Place, Leaf]()
         self._now: dict[Place, Any] = {}
         self._before = {held.place: number for held, number in read_numbers(replica)} if watch else {}
         self._inside: list[tuple[torch.optim.Optimizer, contextlib.ExitStack]] = []
         self._lent: list[tuple[dict[str, Any], Tensor, float]] = []
-
-    def begin(self, step: int) -> None:
-        """Goes on to another training step of a program; hyper-parameters of groups are its own."""
-        self._step = step
-        for place, leaf in list(self._leaf_of.items()):
-            number = self._now.get(place)
-            if place[0] == "group" and isinstance(number, TracedFloat | TracedInt) and (
-                    self.trace.nodes[number.node] == ("leaf", leaf)):
-                del self._now[place], self._leaf_of[place]
 
     def lend_rates(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Lets scheduled learning rates be inputs of the graph for the code around the optimizer's step.
@@ -56,7 +47,7 @@ class NumbersOfStep:
         for held in list(held_by(name, optimizer)):
             if held.place[0] == "group" and held.place[3] == "lr" and type(held.value) is float:
                 if held.place not in self._leaf_of and held.place not in self._now:
-                    leaf = self._leaf_of[held.place] = self._leaves.name(held, held.value, self._step)
+                    leaf = self._leaf_of[held.place] = self._leaves.name(held, held.value)
                     self.values.setdefault(leaf, held.value)
                     self._now[held.place] = self.trace.leaf(leaf, held.value)
                 now = self._now.get(held.place)
@@ -89,7 +80,7 @@ class NumbersOfStep:
             if held.place not in self._leaf_of and held.place not in self._now:
                 if type(number) is bool:
                     continue
-                leaf = self._leaf_of[held.place] = self._leaves.name(held, number, self._step)
+                leaf = self._leaf_of[held.place] = self._leaves.name(held, number)
                 self.values.setdefault(leaf, number)
                 self._now[held.place] = self.trace.leaf(leaf, number)
             now = self._now.get(held.place)
@@ -140,8 +131,7 @@ class NumbersOfStep:
             if place in self._leaf_of and place in self._now:
                 node = self.trace.node_of(self._now[place])
                 apart = moved.setdefault(self._leaf_of[place], node) != node
-                # In a program of several steps a group holds already what the schedule has made of it since.
-                started = self._step > 0 or is_same(self.values[self._leaf_of[place]], self._before[place])
+                started = is_same(self.values[self._leaf_of[place]], self._before[place])
                 stayed = self.trace.nodes[node][0] == "leaf" and is_same(self._before[place], number)
                 if not apart and started and (stayed or is_same(plain(self._now[place]), number)):
                     continue

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpuspec.runtime import graph
 from tpuspec.runtime.averaged_model import averages_on_device
 from tpuspec.runtime.number_plan import NumberPlan
 from tpuspec.runtime.numbers_of_step import NumbersOfStep
@@ -43,7 +42,7 @@ class OptimizerNumbers:
         self._members: dict[Leaf, list[Place]] = {}
         self._moved: set[Leaf] = set()
         self._next: tuple[NumberPlan, list[Any], list[Any]] | None = None
-        self._sent: dict[tuple[int, int], tuple[NumberPlan, list[Any], list[Tensor]]] = {}
+        self._sent: dict[tuple[int, int], tuple[NumberPlan, list[Any], list[Any]]] = {}
         self._tracing: NumbersOfStep | None = None
 
     def settle(self) -> None:
@@ -99,7 +98,7 @@ class OptimizerNumbers:
             for held in held_by(name, optimizer):
                 if held.place[0] != "group":
                     number = held.number
-                    leaf = leaves.name(held, number, 0)
+                    leaf = leaves.name(held, number)
                     self._values[leaf] = number
                     self._members.setdefault(leaf, []).append(held.place)
         return tuple((leaf, tuple(members)) for leaf, members in self._members.items())
@@ -120,20 +119,33 @@ class OptimizerNumbers:
         """Whether some numbers are, in the prepared step, what they were."""
         return all(is_same(self._values.get(leaf), value) for leaf, value in known.items())
 
-    def sent(self, replica: Replica) -> list[Tensor]:
+    def sent(self, replica: Replica, send: Callable[[Sequence[Tensor]], list[Any]]) -> list[Any]:
         """Returns the inputs of the prepared step on a replica's device; sent anew where one changed."""
         assert self._next is not None
         plan, numbers, _ = self._next
         key = (replica.ordinal, id(plan))
         kept = self._sent.get(key)
         if kept is None:
-            kept = self._sent[key] = (plan, [None] * len(numbers), [torch.empty(0)] * len(numbers))
+            kept = self._sent[key] = (plan, [None] * len(numbers), [None] * len(numbers))
         _, old, tensors = kept
         if changed := [i for i, number in enumerate(numbers) if number != old[i]]:
-            fresh = graph.send([torch.tensor(numbers[i], dtype=plan.dtypes[i]) for i in changed], str(replica.device))
+            fresh = send([torch.tensor(numbers[i], dtype=plan.dtypes[i]) for i in changed])
             for i, tensor in zip(changed, fresh, strict=True):
                 old[i], tensors[i] = numbers[i], tensor
         return tensors
+
+    def prepared(self) -> tuple[NumberPlan, list[Any]]:
+        """Returns the plan and the inputs of the prepared step, as numbers."""
+        assert self._next is not None
+        return self._next[:2]
+
+    def mark(self) -> tuple[Any, ...]:
+        """Returns where the numbers stand, for `go_back`."""
+        return dict(self._values), set(self._moved)
+
+    def go_back(self, mark: tuple[Any, ...]) -> None:
+        """Makes the numbers what they were; steps since then that moved those of groups cannot be taken back."""
+        self._values, self._moved = mark
 
     def advance(self) -> None:
         """Makes the numbers those after the prepared step."""
@@ -144,7 +156,7 @@ class OptimizerNumbers:
             self._moved.add(leaf)
             if leaf[0] == "group":  # schedules read it
                 for replica in self._replicas:
-                    self._held_of(replica, leaf[:5]).put(value)
+                    self._held_of(replica, leaf).put(value)
 
     def publish(self) -> None:
         """Puts the numbers where torch and users read them."""
@@ -161,7 +173,7 @@ class OptimizerNumbers:
         self._moved.clear()
 
     def _read_group(self, leaf: Leaf) -> Any:
-        _, name, number, key, index, _ = leaf
+        _, name, number, key, index = leaf
         group = self._first.optimizers[name].param_groups[number]
         value = group.get(key)
         if index >= 0:
@@ -170,68 +182,3 @@ class OptimizerNumbers:
 
     def _held_of(self, replica: Replica, place: Any) -> Held:
         return Held(place, replica.optimizers[place[1]].param_groups[place[2]], None)
-
-
-class NumbersOfSteps(OptimizerNumbers):
-    """The numbers of several steps in one program: hyper-parameters of groups as they were noted, step after step."""
-
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        super().__init__(replicas)
-        self._noted: list[list[dict[str, Any]]] = []
-
-    def note(self, num_steps: int, after_each: Callable[[], None]) -> bool:
-        """Notes the hyper-parameters of the next steps; returns whether the schedules move nothing but numbers."""
-        self._noted, others = [], [self.others()]
-        for _ in range(num_steps):
-            self._noted.append([
-                {key: value.clone() if isinstance(value, Tensor) else value
-                 for key, value in group.items() if key != "params"}
-                for optimizer in self._first.optimizers.values() for group in optimizer.param_groups])
-            after_each()
-            others.append(self.others())
-        return all(other == others[0] for other in others)
-
-    @contextlib.contextmanager
-    def of_step(self, number: int, replica: Replica) -> Iterator[None]:
-        """Puts one step's hyper-parameters into the groups within a block."""
-        assert self._tracing is not None
-        self._tracing.take_rates_back()
-        self._tracing.begin(number)
-        groups = [group for optimizer in replica.optimizers.values() for group in optimizer.param_groups]
-        kept = []
-        for group, noted in zip(groups, self._noted[number], strict=True):
-            for key, value in noted.items():
-                there = group.get(key)
-                if isinstance(there, Tensor) and isinstance(value, Tensor):
-                    if there.device.type == "cpu":
-                        kept.append((there, there.clone(), value))
-                        there.detach().copy_(value)
-                elif there is not value:
-                    kept.append((group, key, there, value))
-                    group[key] = value
-        self._lend(replica)
-        try:
-            yield
-        finally:
-            self._tracing.take_rates_back()
-            for item in kept:
-                if len(item) == 3:
-                    there, was, put = item
-                    if torch.equal(there, put):
-                        there.detach().copy_(was)
-                else:
-                    group, key, was, put = item
-                    if group.get(key) is put or group.get(key) == put:
-                        group[key] = was
-
-    def _read_group(self, leaf: Leaf) -> Any:
-        _, name, number, key, index, step = leaf
-        first = 0
-        for other, optimizer in self._first.optimizers.items():
-            if other == name:
-                break
-            first += len(optimizer.param_groups)
-        value = self._noted[step][first + number].get(key)
-        if index >= 0:
-            value = value[index] if type(value) in (tuple, list) and len(value) > index else None
-        return value.item() if isinstance(value, Tensor) else value

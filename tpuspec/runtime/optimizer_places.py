@@ -126,11 +126,11 @@ class Leaves:
     def __init__(self) -> None:
         self._classes: dict[tuple[str, str], dict[tuple[Any, Any], Leaf]] = {}
 
-    def name(self, held: Held, number: Any, step: int) -> Leaf:
-        """Returns the name of a number in one step of a program."""
-        kind, name, index, key, place = held.place
+    def name(self, held: Held, number: Any) -> Leaf:
+        """Returns the name of a number."""
+        kind, name, _, key, _ = held.place
         if kind != "state":
-            return (kind, name, index, key, place, step if kind == "group" else 0)
+            return held.place
         dtype = held.value.dtype if isinstance(held.value, Tensor) else type(number)
         # Numbered within the optimizer: a step may step them in another order than they were made in.
         of_kind = self._classes.setdefault((name, key), {})

@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import Tensor
+import torch
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.guards import Guard
+from tpuspec.runtime.number_plan import NumberPlan
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.recording import Recording
 from tpuspec.runtime.replica_state import ReplicaState
-from tpuspec.runtime.slots import Slot
+from tpuspec.runtime.runtimes import CompiledGraph, OnEngine, Runtime
+from tpuspec.runtime.slots import Slot, is_own
+from tpuspec.runtime.sources import is_own_source
 from tpuspec.runtime.traced_numbers import Leaf
+from tpuspec.spec.engine import Engine, Run
 from tpuspec.spec.results import Batch, StepOutput
 
 
@@ -23,10 +27,10 @@ class Program:
     """A captured step, ready to be replayed on every replica.
 
     Attributes:
-      graph: its hash.
+      compiled: its graph; None where there is nothing to compute.
       templates: for each replica the graph's inputs, with its constants in their places.
       slots, batch, numbers: (place among the inputs, number of the slot, batch tensor or optimizers' number).
-      seed: (place, (number of the step in the program, draws before)) of the random seeds.
+      seed: (place, draws before) of the random seeds.
       written: numbers of the slots that the first outputs are.
       dropped: numbers of the gradients that are gone afterwards.
       sources: (from the batch, number) of each tensor for the host.
@@ -39,12 +43,12 @@ class Program:
       audit_at: replays from one audit to the next: 2, and as many as before, up to the setting.
     """
 
-    graph: bytes
+    compiled: CompiledGraph | None
     templates: list[list[Any]]
     slots: list[tuple[int, int]]
     batch: list[tuple[int, int]]
     numbers: list[tuple[int, int]]
-    seed: list[tuple[int, tuple[int, int]]]
+    seed: list[tuple[int, int]]
     written: list[int]
     dropped: list[int]
     sources: list[tuple[bool, int]]
@@ -55,13 +59,16 @@ class Program:
     num_replays: int = 0
     num_checked: int = 0
     audit_at: int = 2
+    _loop: tuple[Loop | None] | None = None
 
     @classmethod
-    def of(cls, recordings: Sequence[Recording], previous: Recording, numbers: dict[Slot, int]) -> Self:
+    def of(cls, recordings: Sequence[Recording], constants: Sequence[Sequence[Any]], previous: Recording,
+           numbers: dict[Slot, int]) -> Self:
         """Makes a program of a step's trace.
 
         Args:
           recordings: of each replica.
+          constants: of each, as inputs.
           previous: an equal one of the first replica.
           numbers: of the slots; new ones are added.
         """
@@ -72,13 +79,13 @@ class Program:
         for place, source in enumerate(first.inputs):
             places.setdefault(source.kind, []).append((place, source.key))
         templates = []
-        for recording in recordings:
+        for recording, of_recording in zip(recordings, constants, strict=True):
             template: list[Any] = [None] * len(recording.inputs)
             for place, number in places.get("constant", []):
-                template[place] = recording.constants[number]
+                template[place] = of_recording[number]
             templates.append(template)
         return cls(
-            graph=first.graph, templates=templates,
+            compiled=first.compiled, templates=templates,
             slots=[(place, numbers[slot]) for place, slot in places.get("slot", [])],
             batch=places.get("batch", []), numbers=places.get("number", []),
             seed=places.get("seed", []),
@@ -103,11 +110,11 @@ class Program:
         graph.use_device(state.device)
         values: dict[str, Callable[[Any], Any]] = {
             "slot": lambda slot: state.values[numbers[slot]],
-            "batch": lambda number: batch.tensors()[number],
-            "seed": lambda key: _seed_value(state, *key)}
+            "batch": lambda number: state.runtime.of_batch(batch)[number],
+            "seed": lambda num_draws: _seed_value(state, num_draws)}
         return all(guard.holds(values) for guard in guards)
 
-    def feed(self, ordinal: int, state: ReplicaState, batch: Sequence[Tensor], of_optimizers: OptimizerNumbers,
+    def feed(self, ordinal: int, state: ReplicaState, batch: Sequence[Any], of_optimizers: OptimizerNumbers,
              ) -> list[Any]:
         """Returns the inputs of a replica's next step."""
         values, feed = state.values, self.templates[ordinal].copy()
@@ -116,19 +123,88 @@ class Program:
         for place, number in self.batch:
             feed[place] = batch[number]
         if self.numbers:
-            numbers = of_optimizers.sent(state.replica)
+            numbers = of_optimizers.sent(state.replica, state.put)
             for place, number in self.numbers:
                 feed[place] = numbers[number]
-        for place, key in self.seed:
-            feed[place] = _seed_value(state, *key)
+        for place, num_draws in self.seed:
+            feed[place] = _seed_value(state, num_draws)
+        return feed
+
+    @property
+    def may_loop(self) -> bool:
+        """Whether it is not known that its steps had better run one at a time."""
+        return self._loop != (None,)
+
+    def loop(self, num_steps: int, runtime: Runtime) -> Loop | None:
+        """Compiles a loop of so many steps, at the first call; returns None where they had better run one at a time."""
+        if self._loop is None:
+            places = {number: place for place, number in self.slots}
+            moves_groups = any(leaf[0] == "group" for leaf, _ in self.recording.plan.moves)
+            loop = None
+            if isinstance(runtime, OnEngine) and self.compiled and places.keys() >= set(self.written) and not (
+                    self.guards[0] or self.dropped or moves_groups):
+                of_each = [place for place, _ in (*self.batch, *self.numbers, *self.seed)]
+                made = [is_own(slot) for slot in self.recording.written]
+                num_made = len(made) + len({source.key for source in self.recording.sources if source.kind == "graph"})
+                run = runtime.engine.compile_loop(
+                    self.compiled.program, num_steps,
+                    [(places[number], output) for output, number in enumerate(self.written)], of_each,
+                    [is_own_source(source) for source in self.recording.inputs],
+                    made + [True] * (num_made - len(made)))
+                if run is not None:
+                    loop = Loop(program=self, run=run, engine=runtime.engine)
+            self._loop = (loop,)
+        return self._loop[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Loop:
+    """Several steps of a program, as a loop on the device.
+
+    Attributes:
+      program: of one step.
+      run: starts the loop.
+      engine: makes its inputs.
+    """
+
+    program: Program
+    run: Run
+    engine: Engine
+
+    def feed(self, state: ReplicaState, batches: Sequence[Sequence[Any]],
+             numbers: Sequence[tuple[NumberPlan, Sequence[Any]]]) -> list[Any]:
+        """Returns the inputs, and moves the random seed on.
+
+        Args:
+          state: that the first step starts from.
+          batches: for each step the tensors of its batch.
+          numbers: for each step the plan and the numbers of its optimizers.
+        """
+        program, stack = self.program, self.engine.stack
+        feed = program.templates[0].copy()
+        for place, number in program.slots:
+            feed[place] = state.values[number]
+        for place, number in program.batch:
+            feed[place] = stack([batch[number] for batch in batches])
+        columns = [torch.tensor([of_step[number] for _, of_step in numbers], dtype=numbers[0][0].dtypes[number])
+                   for _, number in program.numbers]
+        for (place, _), column in zip(program.numbers, state.put(columns), strict=True):
+            feed[place] = column
+        seeds: list[list[Any]] = [[] for _ in program.seed]
+        for _ in batches:
+            for of_place, (_, num_draws) in zip(seeds, program.seed, strict=True):
+                of_place.append(_seed_value(state, num_draws))
+            state.seed = graph.next_seed(state.seed)
+        for of_place, (place, _) in zip(seeds, program.seed, strict=True):
+            feed[place] = stack(of_place)
         return feed
 
 
-def _seed_value(state: ReplicaState, step: int, num_draws: int) -> Tensor:
-    seed = graph.seed_after(state.seed, step)
+def _seed_value(state: ReplicaState, num_draws: int) -> Any:
+    seed = state.seed
     for _ in range(num_draws):
         seed = graph.seed_after_draw(seed)
-    return graph.seed_value(seed, state.device)
+    return state.runtime.seed(seed, state.device)
 
 
 def moved_numbers(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:

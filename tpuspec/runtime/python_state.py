@@ -444,10 +444,10 @@ def _is_library(module: str | None) -> bool:
     return (module.startswith("tpuspec.") and not module.startswith("tpuspec.testing")) or top in _LIBRARY_MODULES
 
 
-_LIBRARY_MODULES = frozenset({"builtins", "torch", "torch_xla", "torchmetrics", "numpy", "tensorboard", "hydra",
-                              "collections", "functools", "itertools", "io", "os", "pathlib", "logging", "threading",
-                              "queue", "re", "contextlib", "weakref", "abc", "typing", "enum", "unittest", "_pytest",
-                              "_thread", "_io", "datetime", "inspect", "dataclasses"})
+_LIBRARY_MODULES = frozenset({"builtins", "torch", "torch_xla", "jax", "jaxlib", "torchmetrics", "numpy", "tensorboard",
+                              "hydra", "collections", "functools", "itertools", "io", "os", "pathlib", "logging",
+                              "threading", "queue", "re", "contextlib", "weakref", "abc", "typing", "enum", "unittest",
+                              "_pytest", "_thread", "_io", "datetime", "inspect", "dataclasses"})
 
 
 @functools.lru_cache(maxsize=1024)

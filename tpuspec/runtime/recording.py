@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tpuspec.runtime import graph
-from tpuspec.runtime.guards import Guard, GuardedReads
+from tpuspec.runtime.guards import Guard, GuardedReads, InputsOf
 from tpuspec.runtime.host_reads import HostReads
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.optimizer_places import read_numbers
 from tpuspec.runtime.python_state import Memory, changed
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, module_tensors, read_slots
-from tpuspec.runtime.sources import Source, Sources
+from tpuspec.runtime.runtimes import CompiledGraph, Runtime
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, is_own, module_tensors, read_slots
+from tpuspec.runtime.sources import Source, Sources, is_own_source
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import Replica, StepFunction
 from tpuspec.spec.instances import instances_of
@@ -57,7 +58,7 @@ class Recording:
       is_doubtful: whether the only reason may be the doing of another thread.
       is_watched: whether the step's Python code was watched.
       has_read: whether it reads the device.
-      graph: hash of the compiled graph.
+      compiled: the graph; None before it is compiled, and where there is nothing to compute.
     """
 
     output: StepOutput
@@ -79,7 +80,12 @@ class Recording:
     is_doubtful: bool = False
     is_watched: bool = False
     has_read: bool = False
-    graph: bytes = b""
+    compiled: CompiledGraph | None = None
+
+    @property
+    def graph(self) -> bytes:
+        """Hash of the compiled graph."""
+        return self.compiled.key if self.compiled is not None else b""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -95,17 +101,23 @@ class Before:
     Args:
       replica: the replica.
       is_traced: whether it is traced next.
+
+    Attributes:
+      given: slot -> `tensor_id` of what was found there; what was shared or pending has another one since.
     """
 
     def __init__(self, replica: Replica, *, is_traced: bool = True) -> None:
         self._replica = replica
         self.slots = read_slots(replica)
+        self.given = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
         _settle(self.slots, str(replica.device))
         if is_traced:
             graph.forget_dtypes([tensor for slot, tensor in self.slots.items() if slot.kind != GRADIENT])
         if graph.num_pending(str(replica.device)):  # another Trainer's, or the user's own
             graph.materialize(list(_pending_tensors(str(replica.device)).values()), str(replica.device))
         self.inner = {slot: graph.inner(tensor) for slot, tensor in self.slots.items()}
+        # Else a constant of the trace could get the buffer, and the handle, of a slot that is only written.
+        self._held = graph.held(list(self.slots.values()))
         # Read now: a tensor that a trace has used has no buffer of its own any more, only a node of the trace.
         self.handles = dict(zip(self.slots, graph.handles(list(self.slots.values())), strict=True))
         self.numbers = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
@@ -157,8 +169,8 @@ class Watch(enum.Enum):
 
 
 def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
-           numbers: OptimizerNumbers, memory: Memory, watch: Watch, locate: bool = False, num_steps: int = 1,
-           is_alone: bool = True) -> Recording:
+           numbers: OptimizerNumbers, memory: Memory, runtime: Runtime, inputs_of: InputsOf, watch: Watch,
+           locate: bool = False, is_alone: bool = True) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
     Args:
@@ -169,9 +181,10 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
       before: the replica's state.
       numbers: of the optimizers.
       memory: of the step's Python code.
+      runtime: will run it, and runs what guards compute.
+      inputs_of: returns the inputs of a graph of the step, from their sources and values.
       watch: what to look for that could not be replayed.
       locate: whether to find out where it reads the device.
-      num_steps: training steps that `step` makes, each with a seed of its own; what several read is no guard.
       is_alone: whether there is one replica.
     """
     device = str(replica.device)
@@ -182,13 +195,11 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     remembered = memory.all() if is_watched else {}
     reads = HostReads(locate=locate)
     try:
-        with (reads if watch is not Watch.nothing else contextlib.nullcontext(),
-              numbers.in_place(replica, watch=True) as of_step, graph.scalars_shared(),
+        with (reads, numbers.in_place(replica, watch=True) as of_step, graph.scalars_shared(),
               memory.watching() if is_watched else contextlib.nullcontext()):
-            sources = Sources(before.handles, before.numbers, batch.tensors(),
-                              [graph.seed_after(seed, i) for i in range(num_steps)], of_step.ops.handles)
-            guards = GuardedReads(sources.of, reads, is_alone=is_alone)
-            with guards.noted() if watch is not Watch.nothing and num_steps == 1 else contextlib.nullcontext():
+            sources = Sources(before.handles, before.numbers, batch.tensors(), seed, of_step.ops.handles)
+            guards = GuardedReads(sources.of, reads, runtime, inputs_of, is_alone=is_alone)
+            with guards.noted():
                 output = step(replica, batch, micro_step)
     finally:
         graph.allow_execution(True)
@@ -200,7 +211,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
         _detach_kept(replica.model, replica.device)
     recording = Recording(output=form, tensors=tensors, slots=read_slots(replica), plan=of_step.plan(),
                           leaves=of_step.values, guards=guards.found, is_watched=is_watched)
-    if watch is not Watch.nothing and (note := reads.note()) is not None:
+    if (note := reads.note()) is not None:
         recording.notes.append(note)
         recording.has_read = True
     if is_watched:
@@ -212,7 +223,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
             recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
-    _wire(recording, before, sources, device, watch=watch is not Watch.nothing)
+    _wire(recording, before, sources, device, runtime, watch=watch is not Watch.nothing)
     return recording
 
 
@@ -223,7 +234,8 @@ def _detach_kept(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, graph.computed(tensor))
 
 
-def _wire(recording: Recording, before: Before, sources: Sources, device: str, *, watch: bool) -> None:
+def _wire(recording: Recording, before: Before, sources: Sources, device: str, runtime: Runtime, *, watch: bool,
+          ) -> None:
     after = recording.slots
     recording.created = [slot for slot in after if slot not in before.slots]
     recording.dropped = [slot for slot in before.slots if slot not in after]
@@ -256,7 +268,7 @@ def _wire(recording: Recording, before: Before, sources: Sources, device: str, *
             recording.roots.append(tensor)
         recording.sources.append(Source("graph", place))
     _keep_hidden(recording, before, device, watch=watch)
-    graph.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
+    runtime.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
 
     for found, source in _find_inputs(recording, sources.of):
         if source is None:
@@ -296,7 +308,9 @@ def _keep_hidden(recording: Recording, before: Before, device: str, *, watch: bo
     seen = [*recording.roots, *before.slots.values()]
     known = {graph.tensor_id(tensor) for tensor in graph.waiting(seen)}
     # A gradient is a view of what autograd keeps, which Python has no name for.
-    num_known = len(known) + sum(slot.kind == GRADIENT for slot in [*recording.written, *recording.dropped])
+    gradients = [tensor for slots in (recording.slots, before.slots) for slot, tensor in slots.items()
+                 if slot.kind == GRADIENT and (slot in recording.dropped or slots is recording.slots)]
+    num_known = len(known) + sum(gradient._is_view() for gradient in gradients)
     if graph.num_pending(device) <= num_known:
         return
     gc.collect()  # cycles may hold the tensors of a spec that is gone
@@ -325,20 +339,17 @@ def _is_on(tensor: Tensor, device: str) -> bool:
         return False
 
 
-def compile_recording(recording: Recording, device: str) -> None:
+def compile_recording(recording: Recording, device: str, runtime: Runtime) -> None:
     """Compiles a recording's graph unless it is known; afterwards its pending tensors hold no value until it is run."""
-    recording.graph = graph.compile_graph(recording.roots) if recording.roots else b""
+    if recording.roots:
+        written = set(recording.written)
+        donated = [place for place, source in enumerate(recording.inputs)
+                   if source.kind == "slot" and source.key in written]
+        made = [is_own(slot) for slot in recording.written]
+        recording.compiled = runtime.compile(
+            recording.roots, donated, [is_own_source(source) for source in recording.inputs],
+            made + [True] * (len(recording.roots) - len(made)))
     graph.forget_pending(device)
-
-
-def launch(recording: Recording) -> list[Tensor]:
-    """Runs a compiled recording on the values of its very step, and returns the graph's outputs."""
-    results = graph.run(recording.graph, recording.values) if recording.roots else []
-    for root, value in zip(recording.roots, results, strict=True):
-        graph.publish(root, graph.inner(value))
-    # Of this very step only; what is kept of a recording is its form.
-    recording.tensors, recording.values, recording.roots, recording.slots = [], [], [], {}
-    return results
 
 
 def differences(old: Recording, new: Recording, replica: Replica) -> list[str]:

@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tpuspec.runtime import graph
-from tpuspec.runtime.recording import Before
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners
-from tpuspec.spec.backend import Replica
+from tpuspec.runtime.guards import InputsOf
+from tpuspec.runtime.recording import Before, Recording
+from tpuspec.runtime.runtimes import OnEngine, Runtime
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, is_own, read_slots
+from tpuspec.runtime.sources import Source, is_own_source
+from tpuspec.spec.backend import CompiledStep, Replica
+from tpuspec.spec.results import Batch
 
 
 class ReplicaState:
-    """One replica's state while its steps are replayed.
+    """One replica's state while its steps are replayed on torch_xla's own runtime.
 
     Attributes:
       replica: the replica.
+      runtime: runs its programs.
       values: number of a slot -> its newest value.
       seed: of the next step.
+      holder: the step that has it, to be told where another step goes on from it.
+      is_apart: whether programs have the state in arrays of their own, and the modules copies of it.
     """
 
-    def __init__(self, replica: Replica) -> None:
-        self.replica = replica
+    holder: CompiledStep | None = None
+    is_apart = False
+
+    def __init__(self, replica: Replica, runtime: Runtime, num_replicas: int) -> None:
+        self.replica, self.runtime, self._num_replicas = replica, runtime, num_replicas
         self.device = str(replica.device)
         self.values: list[Any] = []
         self.seed = 0
         self._tensors: dict[Slot, Tensor] = {}
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that compute together, over all processes."""
+        return self._num_replicas
+
+    def note(self, before: Before) -> None:
+        """Takes note of which tensors a trace starts from."""
+
+    def inputs_of(self, before: Before, batch: Batch) -> InputsOf:
+        """Returns a function from the sources of a graph's inputs, and their values in a trace, to its inputs."""
+        return lambda sources, values: list(values)
+
+    def put(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Returns inputs of programs of the values of host tensors."""
+        return self.runtime.put(tensors, self.device)
 
     def adopt(self, numbers: dict[Slot, int]) -> None:
         """Takes the state over from module and optimizers."""
@@ -38,6 +67,17 @@ class ReplicaState:
         for slot, value in before.inner.items():
             self.values[numbers[slot]] = value
         self.seed = graph.get_seed(self.device)
+
+    def leave_module(self) -> None:
+        """Called before a program writes the state: what module and optimizers hold is old from then on."""
+
+    def launch(self, recording: Recording, before: Before, batch: Batch) -> list[Any]:
+        """Runs a compiled recording on the values of its very step, and returns the graph's outputs."""
+        results = list(recording.compiled.run(recording.values)) if recording.compiled else []
+        for root, value in zip(recording.roots, results, strict=True):
+            graph.publish(root, graph.inner(value))
+        forget_step(recording)
+        return results
 
     def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
         """Gives the newest values back to module and optimizers."""
@@ -53,6 +93,237 @@ class ReplicaState:
         graph.set_seed(self.seed, self.device)
         self.values = []
 
+    def make_readable(self) -> None:
+        """Gives module and optimizers the values of the newest traced step."""
+
+    def arrays_of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Returns for each tensor the array that has its value; None where the tensor has it itself."""
+        return [None] * len(tensors)
+
     def forget(self) -> None:
         """Drops the references to the state's buffers."""
         self.values, self._tensors = [], {}
+
+
+class _Known(NamedTuple):
+    """An array that has the value of a tensor of the state.
+
+    Attributes:
+      array: the array.
+      handle: of the tensor's buffer, which tells whether it was written since; None where its buffer is gone.
+      version: of the tensor, which tells it there.
+      held: keeps the buffer, so that no other one gets its handle.
+    """
+
+    array: Any
+    handle: int | None
+    version: int
+    held: Any
+
+
+class EngineState(ReplicaState):
+    """One replica's state in the arrays of an engine; module and optimizers hold copies where somebody reads them.
+
+    A tensor of theirs whose value stands in an array alone has a buffer that is gone: reading it is an error.
+    """
+
+    is_apart = True
+
+    def __init__(self, replica: Replica, runtime: OnEngine, num_replicas: int) -> None:
+        super().__init__(replica, runtime, num_replicas)
+        self._engine = runtime.engine
+        self._known: dict[int, _Known] = {}
+        self._gone: dict[Slot, Tensor] = {}
+        self._is_left = False
+
+    def arrays_of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Returns for each tensor the array that has its value; None where the tensor has it itself."""
+        found = [self._known.get(graph.tensor_id(tensor)) for tensor in tensors]
+        # A copy from the host leaves a tensor its id, and gives it another buffer.
+        real = [i for i, known in enumerate(found) if known is not None and known.handle is not None]
+        pending = graph.pending([tensors[i] for i in real])
+        real = [i for i, is_pending in zip(real, pending, strict=True) if not is_pending]
+        handles = dict(zip(real, graph.handles([tensors[i] for i in real]), strict=True))
+        return [None if known is None or (
+            handles.get(i) != known.handle if known.handle is not None else tensors[i]._version != known.version
+        ) else known.array for i, known in enumerate(found)]
+
+    def _note_real(self, tensors: Sequence[Tensor], arrays: Sequence[Any]) -> None:
+        """Takes note that tensors, which hold their values, are copies of arrays."""
+        held = graph.held(tensors)
+        for tensor, array, handle in zip(tensors, arrays, graph.handles(tensors), strict=True):
+            self._known[graph.tensor_id(tensor)] = _Known(array, handle, tensor._version, held)
+
+    def adopt(self, numbers: dict[Slot, int]) -> None:
+        """Takes the state over from module and optimizers, as far as it was written there."""
+        slots = self._tensors = read_slots(self.replica)
+        graph.materialize(graph.waiting(list(slots.values())), self.device)
+        known = dict(zip(slots, self.arrays_of(list(slots.values())), strict=True))
+        fresh = [slot for slot, array in known.items() if array is None]
+        taken = self.runtime.take([slots[slot] for slot in fresh], [is_own(slot) for slot in fresh])
+        arrays = known | dict(zip(fresh, taken, strict=True))
+        self._known = {number: self._known[number] for slot, tensor in slots.items()
+                       if known[slot] is not None and (number := graph.tensor_id(tensor)) in self._known}
+        self._note_real([slots[slot] for slot in fresh], taken)
+        for slot in slots:
+            numbers.setdefault(slot, len(numbers))
+        self.values = [None] * len(numbers)
+        for slot, array in arrays.items():
+            self.values[numbers[slot]] = array
+        self.seed = graph.get_seed(self.device)
+        self._is_left = False
+
+    def leave_module(self) -> None:
+        """Lets module and optimizers hold no values: the state is there once, and nobody reads an old one."""
+        if not self._is_left:
+            self._is_left = True
+            owners = gradient_owners(self.replica)
+            for slot in self._tensors:
+                if slot.kind == GRADIENT:
+                    owners[slot].grad = None
+            self._give({slot: tensor for slot, tensor in self._tensors.items() if slot.kind != GRADIENT})
+
+    def launch(self, recording: Recording, before: Before, batch: Batch) -> list[Any]:
+        """Runs a compiled recording on the values of its very step; the newest state is in arrays afterwards."""
+        if recording.has_read:  # compiled for torch_xla's own runtime, where it read
+            return super().launch(recording, before, batch)
+        after = recording.slots
+        known = self._at_start(before)
+        feed = self._feed(recording.inputs, recording.values, known, batch)
+        num_written = len(recording.written)
+        others = [weakref.ref(root) for root in recording.roots[num_written:]]
+        forget_step(recording)
+        results = list(recording.compiled.run(feed)) if recording.compiled else []
+        written = dict(zip(recording.written, results, strict=False))
+        stayed = [slot for slot in known if slot not in written and slot in after]
+        self._known = {}
+        self._note_real([after[slot] for slot in stayed], [known[slot] for slot in stayed])
+        owners = gradient_owners(self.replica)
+        gradients = [slot for slot in written if slot.kind == GRADIENT]
+        for slot, sent in zip(gradients, self._send([written[slot] for slot in gradients]), strict=True):
+            owners[slot].grad = sent
+            self._note_real([sent], [written.pop(slot)])
+        self._give({slot: after[slot] for slot in written}, written)
+        kept = [(root, value) for ref, value in zip(others, results[num_written:], strict=True)
+                if (root := ref()) is not None]
+        for (root, _), sent in zip(kept, self._send([value for _, value in kept]), strict=True):
+            graph.publish(root, graph.inner(sent))
+        return results
+
+    def note(self, before: Before) -> None:
+        # The trace starts from other tensors, with the same buffers where they are those of the state.
+        found = {slot: self._known.get(number) for slot, number in before.given.items()}
+        self._known |= {before.numbers[slot]: known for slot, known in found.items()
+                        if known is not None and known.handle == before.handles[slot]}
+
+    def inputs_of(self, before: Before, batch: Batch) -> InputsOf:
+        known = self._at_start(before)
+        return lambda sources, values: self._feed(sources, values, known, batch)
+
+    def _at_start(self, before: Before) -> dict[Slot, Any]:
+        """Returns the arrays that have the values of a step's start."""
+        return {slot: known.array for slot, number in before.numbers.items()
+                if (known := self._known.get(number)) is not None and known.handle == before.handles[slot]}
+
+    def _feed(self, sources: Sequence[Source], values: Sequence[Tensor], known: dict[Slot, Any], batch: Batch,
+              ) -> list[Any]:
+        """Returns the inputs of a graph; adds to `known` what was not."""
+        of_batch = self.runtime.of_batch(batch) if any(source.kind == "batch" for source in sources) else []
+        feed = [known.get(source.key) if source.kind == "slot" else
+                of_batch[source.key] if source.kind == "batch" else
+                self.runtime.seed(graph.read_seed(value), self.device) if source.kind == "seed" else None
+                for source, value in zip(sources, values, strict=True)]
+        missing = [place for place, value in enumerate(feed) if value is None]
+        taken = self.runtime.take([values[i] for i in missing], [is_own_source(sources[i]) for i in missing])
+        for place, array in zip(missing, taken, strict=True):
+            feed[place] = array
+            if sources[place].kind == "slot":
+                known[sources[place].key] = array
+        return feed
+
+    def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
+        """Gives the newest values back to module and optimizers."""
+        owners = gradient_owners(self.replica)
+        for slot, number in numbers.items():
+            if number >= len(self.values) or (number not in written and not (slot.kind == GRADIENT and self._is_left)):
+                continue
+            value = self.values[number]
+            if slot.kind != GRADIENT:
+                number = graph.tensor_id(self._tensors[slot])
+                if (known := self._known.get(number)) is not None:  # else it was written, while nobody may
+                    self._known[number] = known._replace(array=value)
+            elif value is None:
+                owners[slot].grad = None
+            else:
+                (sent,) = self._send([value])
+                owners[slot].grad = sent
+                self._note_real([sent], [value])
+        graph.set_seed(self.seed, self.device)
+        self.make_readable()
+        self.values = []
+
+    def make_readable(self) -> None:
+        """Gives module and optimizers copies of what stands in arrays alone."""
+        slots = read_slots(self.replica)
+        left = {slot: known for slot, tensor in slots.items()
+                if (known := self._known.get(graph.tensor_id(tensor))) is not None and known.handle is None
+                and tensor._version == known.version}
+        for (slot, _), sent in zip(left.items(), self._send([known.array for known in left.values()]), strict=True):
+            graph.publish(slots[slot], graph.inner(sent))
+        self._note_real([slots[slot] for slot in left], [known.array for known in left.values()])
+        self._is_left = False
+
+    @contextlib.contextmanager
+    def keeping_own(self, *, whole: bool) -> Iterator[None]:
+        """Gives each replica its own buffers back at the end of the block: statistics of its rows.
+
+        Args:
+          whole: whether all have their mean within the block, which module and checkpoints have.
+        """
+        if self.num_replicas == 1:
+            yield
+            return
+        self._let_go()
+        buffers = {slot: tensor for slot, tensor in read_slots(self.replica).items() if slot.kind == "buffer"}
+        found = zip(buffers, self.arrays_of(list(buffers.values())), strict=True)
+        own = {slot: array for slot, array in found if array is not None}
+        if whole:
+            means = self._engine.put(self._engine.fetch_whole(list(own.values())), [True] * len(own))
+            self._set_arrays(dict(zip(own, means, strict=True)))
+        try:
+            yield
+        finally:
+            self._let_go()
+            self._set_arrays(own)
+
+    def _let_go(self) -> None:
+        if self.holder is not None:
+            self.holder.publish()
+
+    def _set_arrays(self, arrays: Mapping[Slot, Any]) -> None:
+        slots = read_slots(self.replica)
+        self._note_real([slots[slot] for slot in arrays], list(arrays.values()))
+
+    def _send(self, arrays: Sequence[Any]) -> list[Tensor]:
+        """Copies arrays to where steps are traced."""
+        if not arrays:
+            return []
+        sent = graph.send(self._engine.fetch_whole(arrays), self.device)
+        graph.forget_dtypes(sent)
+        return sent
+
+    def _give(self, tensors: Mapping[Slot, Tensor], values: Mapping[Slot, Any] | None = None) -> None:
+        """Lets the values of tensors stand in arrays alone: new ones, or those that stand there too."""
+        missing = [slot for slot, tensor in tensors.items() if (gone := self._gone.get(slot)) is None
+                   or gone.shape != tensor.shape or gone.dtype != tensor.dtype]
+        self._gone |= zip(missing, graph.make_gone([tensors[slot] for slot in missing], self.device), strict=True)
+        given = list(values.values()) if values is not None else self.arrays_of(list(tensors.values()))
+        for (slot, tensor), array in zip(tensors.items(), given, strict=True):
+            self._known.pop(graph.tensor_id(tensor), None)
+            graph.publish(tensor, graph.inner(self._gone[slot]))
+            self._known[graph.tensor_id(tensor)] = _Known(array, None, tensor._version, None)
+
+
+def forget_step(recording: Recording) -> None:
+    """Drops what belongs to a recording's very step; what is kept of it is its form."""
+    recording.tensors, recording.values, recording.roots, recording.slots = [], [], [], {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -24,15 +24,30 @@ def form_of(batch: Batch) -> Hashable:
 
 
 class SentBatch:
-    """A batch on the device: its tensors flat, as a replay takes them, and nested, as model_fn does."""
+    """A batch for the device: its tensors flat, as a replay takes them, and nested, as model_fn does.
 
-    __slots__ = ("_nested", "_sent", "_source")
+    Args:
+      source: on the host.
+      send: copies its tensors to the device that steps are traced on.
+      arrays: they as inputs of an engine's programs; None without an engine, where they are sent at once.
+    """
 
-    def __init__(self, source: Batch, sent: list[Tensor]) -> None:
-        self._source, self._sent = source, sent
+    __slots__ = ("_arrays", "_nested", "_send", "_sent", "_source")
+
+    def __init__(self, source: Batch, send: Callable[[list[Tensor]], list[Tensor]], arrays: list[Any] | None = None,
+                 ) -> None:
+        self._source, self._send, self._arrays = source, send, arrays
+        self._sent: list[Tensor] | None = None if arrays is not None else send(source.tensors())
         self._nested: Batch | None = None
 
+    def arrays(self) -> list[Any]:
+        """Returns its tensors as inputs of an engine's programs."""
+        assert self._arrays is not None
+        return self._arrays
+
     def tensors(self) -> list[Tensor]:
+        if self._sent is None:
+            self._sent = self._send(self._source.tensors())
         return self._sent
 
     @property
@@ -52,25 +67,6 @@ class SentBatch:
 
     def _nest(self) -> Batch:
         if self._nested is None:
-            sent = iter(self._sent)
+            sent = iter(self.tensors())
             self._nested = self._source.map(lambda _: next(sent))
         return self._nested
-
-
-class BatchesOfSteps:
-    """The batches of several steps on the device, of one replica.
-
-    Args:
-      parts: the batches.
-      form: nesting, shapes and dtypes of each.
-    """
-
-    __slots__ = ("form", "parts")
-
-    def __init__(self, parts: Sequence[Batch], form: Hashable) -> None:
-        self.parts = parts
-        self.form = form
-
-    def tensors(self) -> list[Tensor]:
-        """Returns every tensor, step by step."""
-        return [tensor for part in self.parts for tensor in part.tensors()]

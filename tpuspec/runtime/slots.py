@@ -35,6 +35,14 @@ ATTRIBUTE = "attribute"
 """A tensor that a module keeps beside its buffers, as an auxiliary loss."""
 
 
+_OWN = frozenset({GRADIENT, ATTRIBUTE, "buffer"})
+
+
+def is_own(slot: Slot) -> bool:
+    """Whether every replica has a place of state for itself: gradients before they are reduced, and statistics."""
+    return slot.kind in _OWN
+
+
 def module_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
     """Yields the tensors that modules keep as plain attributes: module, its path, name of the attribute, tensor."""
     for path, module in model.named_modules():

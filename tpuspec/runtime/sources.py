@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
+from tpuspec.runtime.slots import is_own
 
 _MAX_DRAWS = 10_000
 
@@ -18,12 +19,17 @@ class Source(NamedTuple):
 
     Attributes:
       kind: 'slot', 'batch', 'number', 'seed' or 'constant' for inputs; 'graph' or 'batch' for tensors for the host.
-      key: the Slot; the number of the batch's tensor, optimizers' number, constant or output; of a seed the number of
-        the step and how many draws came before it.
+      key: the Slot; the number of the batch's tensor, optimizers' number, constant or output; of a seed how many draws
+        came before it.
     """
 
     kind: str
     key: Any = None
+
+
+def is_own_source(source: Source) -> bool:
+    """Whether every replica has an input for itself."""
+    return source.kind in ("batch", "seed") or (source.kind == "slot" and is_own(source.key))
 
 
 class Sources:
@@ -33,17 +39,17 @@ class Sources:
       handles: slot -> the buffer that it starts with.
       numbers: slot -> its `tensor_id`.
       batch: its tensors.
-      seeds: of each step in the graph.
+      seed: of the step.
       of_optimizers: the buffers of the optimizers' numbers; it grows while the step is traced.
     """
 
     def __init__(self, handles: Mapping[Any, int], numbers: Mapping[Any, int], batch: Sequence[Tensor],
-                 seeds: Sequence[int], of_optimizers: Sequence[int]) -> None:
+                 seed: int, of_optimizers: Sequence[int]) -> None:
         self.batch = {graph.tensor_id(tensor): Source("batch", i) for i, tensor in enumerate(batch)}
         self._by_number = {number: Source("slot", slot) for slot, number in numbers.items()} | self.batch
         self._by_handle = {handle: Source("slot", slot) for slot, handle in handles.items()}
         self._by_handle |= {handle: Source("batch", i) for i, handle in enumerate(graph.handles(batch))}
-        self._seeds, self._of_optimizers = seeds, of_optimizers
+        self._seed, self._of_optimizers = seed, of_optimizers
 
     def of(self, found: graph.GraphInput) -> Source | None:
         """Returns where an input comes from; None for a constant."""
@@ -55,18 +61,16 @@ class Sources:
             return Source("number", self._of_optimizers.index(found.handle))
         return source
 
-    def _seed_of(self, value: int) -> tuple[int, int]:
-        """Returns which step's seed it is, after how many draws: torch.utils.checkpoint goes back to an earlier draw.
+    def _seed_of(self, value: int) -> int:
+        """Returns after how many draws it is the seed: torch.utils.checkpoint goes back to an earlier draw.
 
         Raises:
           CaptureError: it comes from nowhere.
         """
-        if value in self._seeds:
-            return self._seeds.index(value), 0
-        for step, seed in enumerate(self._seeds):
-            for num_draws in range(_MAX_DRAWS):
-                if seed == value:
-                    return step, num_draws
-                seed = graph.seed_after_draw(seed)
+        seed = self._seed
+        for num_draws in range(_MAX_DRAWS):
+            if seed == value:
+                return num_draws
+            seed = graph.seed_after_draw(seed)
         raise CaptureError("a step sets the random seed of its device. Set RunConfig.seed instead, or draw from a "
                            "tensor of the batch.")

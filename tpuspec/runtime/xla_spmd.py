@@ -6,6 +6,7 @@ All devices of the host are one logical device. Parameters, their optimizer stat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -119,7 +120,7 @@ class XlaSpmd:
             joined = iter([torch.cat(parts) for parts in zip(*(part.tensors() for part in batches), strict=True)])
             batch = batch.map(lambda _: next(joined))
         sent = self._layout.send(batch, str(torch_xla.device()))
-        return [SentBatch(batch, sent)]  # type: ignore[list-item]  # a Batch in all but name
+        return [SentBatch(batch, lambda _: sent)]  # type: ignore[list-item]  # a Batch in all but name
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
         """Makes a step that keeps the layout of its state and whose outputs are whole on every device."""
@@ -138,6 +139,14 @@ class XlaSpmd:
         for i, tensor in zip(numbers, self._layout.fetch([leaves[i] for i in numbers]), strict=True):
             leaves[i] = tensor
         return pytree.tree_unflatten(leaves, structure)
+
+    def keeping_statistics(self, *, whole: bool) -> contextlib.AbstractContextManager[None]:
+        """There is one program, with one of everything."""
+        return contextlib.nullcontext()
+
+    def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
+        """There is one of everything: nothing to compare."""
+        return []
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
         """Applies the gradients, which are those of all rows already.

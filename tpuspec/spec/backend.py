@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
@@ -190,6 +191,18 @@ class Backend(Protocol):
 
     def fetch(self, tree: T) -> T:
         """Copies every device tensor of a nested structure to the host, in as few transfers as serve it."""
+        ...
+
+    def keeping_statistics(self, *, whole: bool) -> contextlib.AbstractContextManager[None]:
+        """Gives the replicas of a program their own buffers back at the end of a block.
+
+        Args:
+          whole: whether they all have the mean of them within it, as the module and checkpoints do.
+        """
+        ...
+
+    def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
+        """Returns for each local replica the sums of values and of sizes, float32 [number of parameters, 2]."""
         ...
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:

@@ -87,23 +87,25 @@ class StepRows:
     num_rows: int
 
 
-def flat_tensors(groups: Mapping[str, Any]) -> Iterator[Tensor]:
+def flat_tensors(groups: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the tensors of a StepOutput's groups, group by group."""
     for tensors in groups.values():
-        if isinstance(tensors, Tensor):
-            yield tensors
+        if isinstance(tensors, Mapping):
+            yield from tensors.values()
+        elif isinstance(tensors, list | tuple):
+            yield from tensors
         else:
-            yield from tensors.values() if isinstance(tensors, Mapping) else tensors
+            yield tensors
 
 
-def rebuild(groups: Mapping[str, Any], tensors: Iterator[Tensor]) -> dict[str, Any]:
+def rebuild(groups: Mapping[str, Any], tensors: Iterator[Any]) -> dict[str, Any]:
     """Returns groups of the same form, filled with tensors in the order of `flat_tensors`."""
     rebuilt: dict[str, Any] = {}
     for group, form in groups.items():
-        if isinstance(form, Tensor):
-            rebuilt[group] = next(tensors)
-        elif isinstance(form, Mapping):
+        if isinstance(form, Mapping):
             rebuilt[group] = {key: next(tensors) for key in form}
-        else:
+        elif isinstance(form, list | tuple):
             rebuilt[group] = [next(tensors) for _ in form]
+        else:
+            rebuilt[group] = next(tensors)
     return rebuilt

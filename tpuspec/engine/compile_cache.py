@@ -1,0 +1,46 @@
+"""Compiled programs that outlive the process: jax's persistent cache, in the folder of the settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+from tpuspec.config import DEFAULT_COMPILE_CACHE, RunConfig
+
+logger = logging.getLogger(__name__)
+
+_LEAST_SECONDS = 0.2
+"""To compile a program that is kept: smaller ones are compiled as fast as they are read."""
+
+
+def initialize_compile_cache(config: RunConfig) -> Path | None:
+    """Lets jax keep compiled programs in the folder of `config.compile_cache`.
+
+    Several processes may share it.
+
+    Returns:
+      The folder; None where there is no cache, or where the user has set jax's own (JAX_COMPILATION_CACHE_DIR).
+    """
+    own = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if config.compile_cache is None:
+        return None
+    folder = _folder(config.compile_cache)
+    if own is not None:
+        return folder if own == str(folder) else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("there is no compile cache: %s. Set RunConfig(compile_cache=folder), or None.", error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    return folder
+
+
+def _folder(setting: str) -> Path:
+    if setting != DEFAULT_COMPILE_CACHE:
+        return Path(setting).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpuspec" / "xla"
