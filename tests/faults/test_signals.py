@@ -69,8 +69,8 @@ def test_fault_24_a_second_signal_ends_at_once_without_another_commit(commands, 
 
 
 def test_fault_22_a_compile_that_outlasts_the_grace_time_is_ended_and_the_first_state_is_committed(commands, tmp_path):
-    run = commands.start(tmp_path, "quiet=true", "mode=train", "params.num_layers=1200", "run.grace_seconds=1",
-                         "params.place=compile", "params.how=SIGTERM")
+    run = commands.start(tmp_path, "quiet=true", "mode=train", "params.num_layers=3000", "run.grace_seconds=1",
+                         "params.place=compile", "params.how=SIGTERM", "run.compile_cache=null")
     ended = run.wait()
     assert ended.code == 143
     assert "interrupted by SIGTERM: the process has not come to its end in time (in compile)" in ended.err
