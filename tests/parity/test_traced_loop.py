@@ -1,4 +1,4 @@
-"""The Trainer against a hand-written torch_xla loop, which another compiler builds: the same to the last bits but one."""
+"""The Trainer against a hand-written torch_xla loop, which another compiler builds: the same but for rounding."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NUM_STEPS, SEED = 12, 7
 
 def conv_net() -> nn.Module:
     # No bias before the BatchNorm: its gradient is rounding alone, which AdamW makes steps of.
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
-                         nn.Linear(256, 10))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Dropout(0.2), nn.Linear(256, 10))
 
 
 OPTIMIZERS = {

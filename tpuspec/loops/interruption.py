@@ -125,7 +125,8 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_nudged:
             self._is_nudged = False
-            self.end()
+            self.end(f"broken off (in {current_phase()}), as half of RunConfig.grace_seconds is over. The newest "
+                     "committed checkpoint stays.")
         self._num_signals += 1
         self.signal = number
         if self._num_signals > 1:
