@@ -37,7 +37,7 @@ CASES: dict[str, tuple[Workload, str | None]] = {
 
 
 def record(workload: Workload, precision: str | None) -> dict[str, Any]:
-    """Returns the program of a captured step, the inputs of one call of it, and the losses of the next on this CPU."""
+    """Returns the program of a traced step, the inputs of one call of it, and the batches."""
     import tpuspec
     from tpuspec.engine import devices
 
@@ -103,8 +103,7 @@ def stepping(recorded: dict[str, Any], platform: str) -> Callable[[int], list[An
     engine = OneDevice(jax.devices(platform))
     donated, batch, values = recorded["donated"], recorded["batch"], recorded["values"]
     run = engine.compile(recorded["program"], donated, [False] * len(values), [])
-    with jax.enable_x64(True):
-        inputs = [jax.device_put(value, engine._place(False)) for value in values]
+    inputs = engine.put([torch.from_numpy(np.array(value)) for value in values])
     # Which of the two comes first in the graph does not matter to the time; shape and dtype tell.
     order = [next(k for k in (0, 1) if recorded["batches"][0][k].shape == values[i].shape
                   and recorded["batches"][0][k].dtype == values[i].dtype

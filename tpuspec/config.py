@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, Self, Union
 
 from tpuspec.cluster import Cluster, read_cluster
@@ -21,6 +22,13 @@ DEFAULT_COMPILE_CACHE = "default"
 _UNSET = "default"
 _CORES_PER_REPLICA = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def compile_cache_folder(setting: str) -> Path:
+    """Returns the folder that a `RunConfig.compile_cache` names."""
+    if setting != DEFAULT_COMPILE_CACHE:
+        return Path(setting).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpuspec" / "xla"
 
 
 class InputPipelineConfig(Enum):

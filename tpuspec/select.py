@@ -42,6 +42,9 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     wanted = wanted_devices(config.tpu_config)
     if platform == "CPU" and wanted is not None and not is_started():
         make_cpu_devices(wanted)
+    if config.tpu_config.is_spmd and platform == "CUDA":
+        raise ConfigError("a mesh runs on torch_xla's own runtime, which has no GPUs. Leave mesh, sharding, fsdp and "
+                          "num_cores_per_replica unset on a GPU, or set PJRT_DEVICE=CPU.")
     # Imported here: torch_xla and jax cost seconds, and read the environment when their clients start.
     if config.tpu_config.is_spmd:
         from tpuspec.runtime.xla_spmd import XlaSpmd
@@ -53,7 +56,7 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     if is_pod(platform):
         initialize_compile_cache(config, platform)
         return XlaReplicas.start(config, platform=platform, reason=reason, engines=None)
-    from tpuspec.engine.compile_cache import initialize_compile_cache as keep_programs
+    from tpuspec.engine.compile_cache import keep_programs
     from tpuspec.engine.devices import Engines
 
     if platform != "CPU":

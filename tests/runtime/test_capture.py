@@ -460,6 +460,28 @@ def test_reading_a_weight_within_a_loop_is_an_error(tmp_path):
     assert "only at loop boundaries" in "".join(raised.value.__notes__)
 
 
+@pytest.mark.parametrize("through_data", [False, True])
+def test_what_is_written_to_a_weight_within_a_loop_is_not_kept(through_data, tmp_path):
+    """The newest state lives in the program then, and the next boundary gives it back."""
+    def writing(params):
+        for i, batch in enumerate(batches(rows)(params)):
+            if i == 30:
+                weight = trainer._sessions[True].module.weight
+                with torch.no_grad():
+                    (weight.data if through_data else weight).copy_(torch.zeros(3, 4))
+            yield batch
+
+    found = []
+    for input_fn in (batches(rows), writing):
+        torch.manual_seed(0)
+        trainer = Trainer(classify, model=nn.Linear(4, 3), optimizer=sgd, params={}, train_batch_size=BATCH,
+                          model_dir=tmp_path / input_fn.__name__, config=RunConfig(
+                              seed=5, show_progress=False, tpu_config=TPUConfig(iterations_per_loop=20)))
+        trainer.train(input_fn, steps=40)
+        found.append(trainer._sessions[True].model_state())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_step_writes_every_state_where_it_was(tmp_path):
     """XLA pairs donated buffers with outputs by size and order alone; a wrong pair costs copies of both."""
     places: list[dict[str, int]] = []

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from tpuspec.config import CaptureMode, RunConfig
+from tpuspec.config import CaptureMode, RunConfig, TPUConfig
 from tpuspec.errors import ConfigError, DeviceError
+from tpuspec.runtime import platforms
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.select import select
 
@@ -65,6 +66,13 @@ def test_without_torch_xla_the_error_says_what_to_install():
     done = run_python(hide + SELECT.format(num_shards=1), PJRT_DEVICE="CPU")
     assert "DeviceError: use_tpu=True needs torch_xla, which is not installed" in done.stderr
     assert "use_tpu=False" in done.stderr
+
+
+def test_a_mesh_on_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("PJRT_DEVICE", "CUDA")
+    monkeypatch.setattr(platforms, "_chosen", [])
+    with pytest.raises(ConfigError, match="a mesh runs on torch_xla's own runtime, which has no GPUs"):
+        select(RunConfig(tpu_config=TPUConfig(mesh={"data": 2})), use_tpu=True)
 
 
 def test_plain_pytorch_needs_no_xla():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import jax
 
-from tpuspec.config import DEFAULT_COMPILE_CACHE, RunConfig
+from tpuspec.config import RunConfig, compile_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +15,7 @@ _LEAST_SECONDS = 0.2
 """To compile a program that is kept: smaller ones are compiled as fast as they are read."""
 
 
-def initialize_compile_cache(config: RunConfig) -> Path | None:
+def keep_programs(config: RunConfig) -> Path | None:
     """Lets jax keep compiled programs in the folder of `config.compile_cache`.
 
     Several processes may share it.
@@ -27,7 +26,7 @@ def initialize_compile_cache(config: RunConfig) -> Path | None:
     own = getattr(jax.config, "jax_compilation_cache_dir", None)
     if config.compile_cache is None:
         return None
-    folder = _folder(config.compile_cache)
+    folder = compile_cache_folder(config.compile_cache)
     if own is not None:
         return folder if own == str(folder) else None
     try:
@@ -38,9 +37,3 @@ def initialize_compile_cache(config: RunConfig) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
     return folder
-
-
-def _folder(setting: str) -> Path:
-    if setting != DEFAULT_COMPILE_CACHE:
-        return Path(setting).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpuspec" / "xla"

@@ -56,7 +56,10 @@ class OneDevice:
         """Copies the batches of the replicas into inputs of one run."""
         (tensors,) = batches
         arrays = [host_array(tensor) for tensor in tensors]
-        return arrays if self._platform == "cpu" else jax.device_put(arrays, self._place(True))
+        if self._platform == "cpu":
+            return arrays
+        with jax.enable_x64(True):
+            return jax.device_put(arrays, self._place(True))
 
     def own(self, values: Sequence[Any]) -> Any:
         """Returns an input that is every replica's own, of one number each."""

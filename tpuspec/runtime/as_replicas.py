@@ -11,14 +11,11 @@ from tpuspec.errors import SpecError
 
 
 @contextlib.contextmanager
-def computing_as(num_replicas: int | None) -> Iterator[None]:
+def computing_as(num_replicas: int) -> Iterator[None]:
     """Makes torch_xla's collectives those of so many replicas within the block, though one device traces them.
 
-    `xm.all_reduce`, `xm.all_gather` and `xm.optimizer_step` ask `xr.world_size` at each call. None changes nothing.
+    `xm.all_reduce`, `xm.all_gather` and `xm.optimizer_step` ask `xr.world_size` at each call.
     """
-    if num_replicas is None:
-        yield
-        return
     world_size, ordinal = xr.world_size, xr.global_ordinal
     xr.world_size = lambda: num_replicas
     if num_replicas > 1:

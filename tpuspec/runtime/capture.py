@@ -1,8 +1,9 @@
 """The captured step: traced until two traces are equal, then replayed without running Python code.
 
 Inside a loop the newest state lives in `ReplicaState.values`; the modules and optimizers hold it again after
-`publish`. All replicas are driven by one thread: each traces and compiles in turn, which runs nothing, and only then is
-each launched, so that an error in one replica's trace is that error and nothing waits for a peer that never comes.
+`publish`. An engine's replicas are one, as its program is that of all of them. On a pod each device has its own, driven
+by one thread: each traces and compiles in turn, which runs nothing, and only then is each launched, so that an error in
+one replica's trace is that error and nothing waits for a peer that never comes.
 """
 
 from __future__ import annotations

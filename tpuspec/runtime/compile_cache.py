@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from tpuspec.config import DEFAULT_COMPILE_CACHE, RunConfig
+from tpuspec.config import DEFAULT_COMPILE_CACHE, RunConfig, compile_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def initialize_compile_cache(config: RunConfig, platform: str) -> Path | None:
     if torch_xla._XLAC._xla_computation_cache_is_initialized():
         logger.warning("compile_cache has no effect: this process has run an XLA computation before.")
         return None
-    folder = _folder(config.compile_cache) / f"process{config.cluster.task_index}"
+    folder = compile_cache_folder(config.compile_cache) / f"process{config.cluster.task_index}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,9 +50,3 @@ def initialize_compile_cache(config: RunConfig, platform: str) -> Path | None:
         return None
     xr.initialize_cache(str(folder))
     return folder
-
-
-def _folder(setting: str) -> Path:
-    if setting != DEFAULT_COMPILE_CACHE:
-        return Path(setting).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpuspec" / "xla"

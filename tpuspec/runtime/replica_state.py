@@ -25,6 +25,7 @@ class ReplicaState:
     Attributes:
       replica: the replica.
       runtime: runs its programs.
+      num_replicas: that compute together, over all processes.
       values: number of a slot -> its newest value.
       seed: of the next step.
       holder: the step that has it, to be told where another step goes on from it.
@@ -35,16 +36,11 @@ class ReplicaState:
     is_apart = False
 
     def __init__(self, replica: Replica, runtime: Runtime, num_replicas: int) -> None:
-        self.replica, self.runtime, self._num_replicas = replica, runtime, num_replicas
+        self.replica, self.runtime, self.num_replicas = replica, runtime, num_replicas
         self.device = str(replica.device)
         self.values: list[Any] = []
         self.seed = 0
         self._tensors: dict[Slot, Tensor] = {}
-
-    @property
-    def num_replicas(self) -> int:
-        """Replicas that compute together, over all processes."""
-        return self._num_replicas
 
     def note(self, before: Before) -> None:
         """Takes note of which tensors a trace starts from."""
@@ -211,6 +207,7 @@ class EngineState(ReplicaState):
         return results
 
     def note(self, before: Before) -> None:
+        """Takes note of which tensors a trace starts from."""
         # The trace starts from other tensors, with the same buffers where they are those of the state.
         found = {slot: self._known.get(number) for slot, number in before.given.items()}
         self._known |= {before.numbers[slot]: known for slot, known in found.items()
@@ -244,20 +241,25 @@ class EngineState(ReplicaState):
     def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
         """Gives the newest values back to module and optimizers."""
         owners = gradient_owners(self.replica)
+        written_over: dict[Slot, Any] = {}
         for slot, number in numbers.items():
             if number >= len(self.values) or (number not in written and not (slot.kind == GRADIENT and self._is_left)):
                 continue
             value = self.values[number]
             if slot.kind != GRADIENT:
-                number = graph.tensor_id(self._tensors[slot])
-                if (known := self._known.get(number)) is not None:  # else it was written, while nobody may
-                    self._known[number] = known._replace(array=value)
+                tensor = self._tensors[slot]
+                known = self._known.get(graph.tensor_id(tensor))
+                if known is not None and known.handle is None and known.version == tensor._version:
+                    self._known[graph.tensor_id(tensor)] = known._replace(array=value)
+                else:  # it was written within the loop: what the steps made of it is newer
+                    written_over[slot] = value
             elif value is None:
                 owners[slot].grad = None
             else:
                 (sent,) = self._send([value])
                 owners[slot].grad = sent
                 self._note_real([sent], [value])
+        self._give({slot: self._tensors[slot] for slot in written_over}, written_over)
         graph.set_seed(self.seed, self.device)
         self.make_readable()
         self.values = []

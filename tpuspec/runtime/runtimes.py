@@ -1,4 +1,4 @@
-"""What runs traced graphs: an engine, or, for replicas and meshes, torch_xla's own runtime."""
+"""What runs traced graphs: an engine, or, for meshes, pods and steps that read the device, torch_xla's own runtime."""
 
 from __future__ import annotations
 

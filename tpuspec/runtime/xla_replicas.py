@@ -1,4 +1,7 @@
-"""XLA, data parallel: one replica per device, those of a host driven by one Python thread."""
+"""XLA, data parallel: one module is traced, and an engine runs its program on all replicas.
+
+On the hosts of a pod each device has a module of its own, which one thread drives on torch_xla's own runtime.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,7 @@ class XlaReplicas:
             pod=find_pod(config.heartbeat_seconds), engine=engine)
 
     def place(self, model: nn.Module | None) -> list[Replica]:
-        """Puts a copy of the module on each device: the first holds the module itself."""
+        """Puts the module on the device that traces it, and on a pod a copy on each of the others."""
         replicas = []
         if model is not None:
             start_from_chief(model, self.coordinator)
@@ -165,7 +168,7 @@ class XlaReplicas:
             graph.set_seed(seed, device)
 
     def feed(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Sends each replica's tensors in one call."""
+        """Makes the replicas' batches inputs of a program; on a pod sends each replica's tensors in one call."""
         if self._engine is not None:
             # A step is traced with the first replica's tensors, which are sent only then.
             return [SentBatch(batches[0], lambda tensors: graph.send_apart(tensors, self._names[0]),
@@ -217,7 +220,8 @@ class XlaReplicas:
             graph.set_replication(
                 [name.replace("xla", self.topology.platform) for name in self._names] if several else [])
         try:
-            with reduce_with(self), computing_as(self.topology.num_replicas if self._engine is not None else None):
+            with reduce_with(self), (computing_as(self.topology.num_replicas) if self._engine is not None
+                                      else contextlib.nullcontext()):
                 yield
         finally:
             graph.use_device(self._names[0])
@@ -276,8 +280,10 @@ class XlaReplicas:
         assert model is not None
         if self._engine is None:
             return self.fetch([checksums(replica.model) for replica in replicas if replica.model is not None])
-        arrays = state.arrays_of(list(model.parameters()))
-        return list(self._engine.sums(arrays)) if all(array is not None for array in arrays) else []
+        parameters = list(model.parameters())
+        arrays = [self._runtime.take([parameter])[0] if array is None else array
+                  for parameter, array in zip(parameters, state.arrays_of(parameters), strict=True)]
+        return list(self._engine.sums(arrays))
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
         """Reduces the gradients over all replicas and applies them; with one replica mean and sum are one."""
