@@ -290,6 +290,30 @@ def test_an_optimizer_that_the_trainer_does_not_know_is_refused_too(where, tmp_p
         make(2, tmp_path, model_fn=stepping_another).train(input_fn, steps=5)
 
 
+def test_an_optimizer_that_reads_its_rate_as_it_makes_its_state_trains(tmp_path):
+    def rprop(model, params):
+        return torch.optim.Rprop(model.parameters(), lr=0.01)
+
+    def cosine(optimizer, params):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+
+    found = [trained(num_shards, tmp_path / str(num_shards), optimizer=rprop, scheduler=cosine, steps=20)
+             for num_shards in (1, 2)]
+    assert found[1][0]._sessions[True].backend.step_kind == "replay"
+    for name, value in found[0][2][0].items():
+        torch.testing.assert_close(found[1][2][0][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capture", ["auto", "off"])
+def test_a_read_of_what_replicas_have_for_themselves_is_refused_with_its_line(capture, tmp_path):
+    def reading(features, labels, mode, params, model, optimizer, global_step):
+        features.cpu()
+        return model_fn(features, labels, mode, params, model, optimizer, global_step)
+
+    with pytest.raises(CaptureError, match=r"cannot run on several replicas: it reads .* at test_replicas\.py:\d+"):
+        make(2, tmp_path, model_fn=reading, capture=capture).train(input_fn, steps=5)
+
+
 def test_reading_a_value_after_the_reduction_is_an_error_not_a_hang(tmp_path):
     def reading(features, labels, mode, params, model, optimizer):
         loss = model(features).square().mean()

@@ -286,7 +286,7 @@ class CapturedStep:
                 if recording.has_read and self._is_apart and not self._is_alone:
                     before.restore()
                     graph.set_seed(seed, state.device)
-                    notes = record_with(watch=Watch.device, locate=True).notes
+                    notes = record_with(watch=Watch.device, locate=True).notes or recording.notes
                     raise CaptureError(f"{self._name} cannot run on several replicas: {notes[0]}. One program serves "
                                        "all of them, and what it reads would be the first replica's.")
                 # What has read goes on where it read: on torch_xla's own runtime.

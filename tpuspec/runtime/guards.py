@@ -73,8 +73,8 @@ class Guard:
 class GuardedReads:
     """Makes guards of the numbers that this thread reads from the device within the block.
 
-    What cannot be a guard is read as it would be without, and is noted by `reads`: what depends on a number of an
-    optimizer, and on several replicas what they compute together, for one would wait for the others.
+    What depends on a number of an optimizer is computed likewise, and is no guard, as the number is another one in each
+    step. What several replicas compute together is read as it would be without, and is noted by `reads`.
 
     Args:
       source_of: where an input of a graph comes from; None for a constant.
@@ -82,11 +82,16 @@ class GuardedReads:
       runtime: computes them.
       inputs_of: returns the inputs of a graph.
       is_alone: whether there is one replica.
+
+    Attributes:
+      found: the guards.
+      of_numbers: FILE:LINE of the reads that depend on an optimizer's numbers.
     """
 
     def __init__(self, source_of: Callable[[graph.GraphInput], Source | None], reads: HostReads,
                  runtime: Runtime, inputs_of: InputsOf, *, is_alone: bool) -> None:
         self.found: list[Guard] = []
+        self.of_numbers: list[str] = []
         self._source_of, self._reads, self._is_alone = source_of, reads, is_alone
         self._runtime, self._inputs_of = runtime, inputs_of
 
@@ -114,16 +119,18 @@ class GuardedReads:
                 if source is None:
                     source = Source("constant", len(constants))
                     constants.append(found.value)
-                elif source.kind == "number":
-                    return None
                 sources.append(source)
             compiled = self._runtime.compile([root], [], [is_own_source(source) for source in sources], [True])
             value, answer = _answer(self._runtime, compiled.run, self._inputs_of(
                 sources, [found.value for found in inputs]))
+            place = user_place(sys._getframe(1))
+            if any(source.kind == "number" for source in sources):
+                self.of_numbers.append(place)
+                return value
             self.found.append(Guard(
                 graph=compiled.key, runtime=self._runtime, run=compiled.run, inputs=tuple(sources),
-                constants=tuple(self._runtime.take(constants)),
-                numbers=tuple(graph.fetch(constants)), answer=answer, place=user_place(sys._getframe(1))))
+                constants=tuple(self._runtime.take(constants)), numbers=tuple(graph.fetch(constants)), answer=answer,
+                place=place))
             return value
 
 

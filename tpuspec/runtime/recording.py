@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.guards import Guard, GuardedReads, InputsOf
-from tpuspec.runtime.host_reads import HostReads
+from tpuspec.runtime.host_reads import HostReads, told_read
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.optimizer_places import read_numbers
@@ -214,6 +214,7 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     if (note := reads.note()) is not None:
         recording.notes.append(note)
         recording.has_read = True
+    recording.notes += [told_read(place) for place in guards.of_numbers[:1]]
     if is_watched:
         if (outside := memory.outside()) is not None:
             recording.notes.append(f"it reads {outside}, which a replayed step would not do again. Read it in "
