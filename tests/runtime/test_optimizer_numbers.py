@@ -109,7 +109,7 @@ def assert_close(state, expected):
 
 
 def programs_of(trainer):
-    return trainer._sessions[True]._compiled[ModeKeys.TRAIN]._step._programs
+    return trainer._sessions[True]._compiled[ModeKeys.TRAIN]._step._programs.kept
 
 
 @pytest.mark.parametrize(("kind_of", "num_programs"), [(Counting, 3), (OfLists, 1)])

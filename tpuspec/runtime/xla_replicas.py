@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +34,14 @@ from tpuspec.runtime.runtimes import SEED_OF_REPLICA, OnEngine, OnTorchXla
 from tpuspec.runtime.same_start import start_from_chief
 from tpuspec.runtime.sent_batch import SentBatch
 from tpuspec.runtime.several_steps import SeveralSteps
-from tpuspec.runtime.slots import read_slots
 from tpuspec.runtime.stacked import StackedStep, only_on_chief
 from tpuspec.runtime.topology import count_replicas
 from tpuspec.runtime.torch_optimizers import check_supported
+from tpuspec.runtime.traced_step import TracedStep
 from tpuspec.runtime.xla_pod import find_pod
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.engine import Engine, Engines
-from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import reduce_with
 
@@ -373,43 +371,3 @@ class NewestStep:
 
     def publish(self) -> None:
         self._entry.publish()
-
-
-@dataclass(slots=True, kw_only=True)
-class TracedStep:
-    """Traces, compiles where the graph is new, and dispatches each step of one replica, as plain torch_xla does.
-
-    Attributes:
-      compiled: number of a batch within an update -> whether its newest step had to be compiled.
-    """
-
-    step: StepFunction
-    replica: Replica
-    enter: Callable[[], Any]
-    numbers: OptimizerNumbers
-    compiled: dict[int, bool] = field(default_factory=dict)
-    _is_settled: bool = field(default=False, init=False)
-
-    def publish(self) -> None:
-        """A boundary: what hooks write there is no part of the next step, whose bits it would change."""
-        self._is_settled = False
-
-    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
-        """Dispatches one step; does not wait for it."""
-        if not self._is_settled:
-            self.numbers.settle()
-            graph.materialize(graph.waiting(list(read_slots(self.replica).values())), str(self.replica.device))
-            self._is_settled = True
-        device = str(self.replica.device)
-        seed = graph.get_seed(device)
-        # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
-        # device if that was before the client started.
-        with (self.enter(), torch.autograd.set_multithreading_enabled(False),
-              self.numbers.in_place(self.replica)):
-            outputs = [self.step(self.replica, batches[0], micro_step)]
-        # Optimizers that make state in their first step have two graphs, so compiles come in a row.
-        may_compile = self.compiled.get(micro_step, True)
-        with in_phase("compile") if may_compile else contextlib.nullcontext():
-            self.compiled[micro_step] = graph.end_step()
-        graph.set_seed(graph.next_seed(seed), device)  # torch.utils.checkpoint may have set another one within the step
-        return outputs
