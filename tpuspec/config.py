@@ -93,8 +93,8 @@ class TPUConfig:
       fsdp: whether parameters and optimizer state are split over 'data' too.
       initial_infeed_sleep_secs: seconds to wait before the first batch is drawn.
       host_call_every_n_steps: host_call runs in train on every n-th global step.
-      steps_per_execution: training steps that are compiled into one program, for steps so short that starting a
-        program costs more; 1 compiles fastest. Iterations_per_loop had better be a multiple of it.
+      steps_per_execution: training steps that run as one program, a loop on the device, for steps so short that starting
+        a program costs more. Iterations_per_loop had better be a multiple of it.
 
     Raises:
       ConfigError: the first rule that is broken.
@@ -210,7 +210,7 @@ class RunConfig:
         them.
       prefetch_batches: host batches made ready ahead, on a thread, where drawing one takes long; 0 for none.
       compile_cache: folder for compiled programs that later runs need not compile again; 'default' is tpuspec/xla in
-        the user's cache folder, None keeps none. XLA:CPU cannot read programs back, and goes without.
+        the user's cache folder, None keeps none. A mesh on a CPU goes without.
       audit_every_steps: replayed steps between two traces that check that the step is still what was captured.
       host_queue_size: steps, or programs of several, whose host functions may wait; a full queue slows training.
       show_progress: whether train, evaluate and predict print a banner, a progress line and tables.
