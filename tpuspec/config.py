@@ -93,8 +93,8 @@ class TPUConfig:
       fsdp: whether parameters and optimizer state are split over 'data' too.
       initial_infeed_sleep_secs: seconds to wait before the first batch is drawn.
       host_call_every_n_steps: host_call runs in train on every n-th global step.
-      steps_per_execution: training steps that run as one program, a loop on the device, for steps so short that starting
-        a program costs more. Iterations_per_loop had better be a multiple of it.
+      steps_per_execution: training steps that run as one program, a loop on the device, for steps so short that
+        starting a program costs more. Iterations_per_loop had better be a multiple of it.
 
     Raises:
       ConfigError: the first rule that is broken.
