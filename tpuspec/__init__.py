@@ -14,7 +14,7 @@ from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunH
 from tpuspec.spec.host_call import HostCall
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
-from tpuspec.spec.train_op import CrossShardOptimizer, TrainOp
+from tpuspec.spec.train_op import CrossShardOptimizer, TrainOp, constrain
 from tpuspec.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "TrainOp",
     "TrainSpec",
     "Trainer",
+    "constrain",
     "early_stopping",
     "export",
     "launch_info",

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError
-from tpuspec.runtime.compile_cache import initialize_compile_cache
+from tpuspec.runtime.environment import read_local_rank
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.runtime.platforms import PJRT_DEVICE, choose_platform, is_pod, is_started, make_cpu_devices
+from tpuspec.runtime.pod import meet
+from tpuspec.runtime.process_group import join
 from tpuspec.runtime.topology import wanted_devices
 from tpuspec.spec.backend import Backend
+from tpuspec.spec.coordinator import Coordinator
 
 
 def select(config: RunConfig, *, use_tpu: bool) -> Backend:
@@ -29,40 +34,37 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
         if config.capture is CaptureMode.require:
             raise ConfigError("capture=require: plain PyTorch (use_tpu=False) captures nothing. Set capture=auto.")
         return NativeBackend.start(config)
-    num_workers = config.cluster.num_workers
-    if num_workers > 1:
-        raise ConfigError(
-            "torchrun's processes compute together with use_tpu=False (device=cpu or cuda); got "
-            f"WORLD_SIZE={num_workers} and use_tpu=True. "
-            "XLA finds the hosts of a TPU pod itself: start one process a host, without torchrun.")
-    if config.tpu_config.is_spmd:
-        # XLA warns at each program that its partitioner will give way to another one.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     platform, reason = choose_platform()
+    num_workers = config.cluster.num_workers
     wanted = wanted_devices(config.tpu_config)
     if platform == "CPU" and wanted is not None and not is_started():
-        make_cpu_devices(wanted)
-    if config.tpu_config.is_spmd and platform == "CUDA":
-        raise ConfigError("a mesh runs on torch_xla's own runtime, which has no GPUs. Leave mesh, sharding, fsdp and "
-                          "num_cores_per_replica unset on a GPU, or set PJRT_DEVICE=CPU.")
+        make_cpu_devices(wanted // max(num_workers, 1), in_all=wanted)
     # Imported here: torch_xla and jax cost seconds, and read the environment when their clients start.
-    if config.tpu_config.is_spmd:
-        from tpuspec.runtime.xla_spmd import XlaSpmd
-
-        initialize_compile_cache(config, platform)
-        return XlaSpmd.start(config, platform=platform, reason=reason)
-    from tpuspec.runtime.xla_replicas import XlaReplicas
-
-    if is_pod(platform):
-        initialize_compile_cache(config, platform)
-        return XlaReplicas.start(config, platform=platform, reason=reason, engines=None)
     from tpuspec.engine.compile_cache import keep_programs
-    from tpuspec.engine.devices import Engines
+    from tpuspec.engine.engines import Engines
+    from tpuspec.runtime.xla import XlaBackend
 
     if platform != "CPU":
         os.environ[PJRT_DEVICE] = "CPU"  # torch_xla traces; jax has the accelerator
     keep_programs(config)
-    return XlaReplicas.start(config, platform=platform, reason=reason, engines=Engines(platform))
+    return XlaBackend.start(config, Engines(platform), platform=platform, reason=reason,
+                            coordinator=_join_hosts(config, platform))
+
+
+def _join_hosts(config: RunConfig, platform: str) -> Coordinator | None:
+    """Joins the other hosts: those of torchrun, or of a TPU pod; returns None on one."""
+    from tpuspec.engine import hosts
+
+    if config.cluster.num_workers > 1:
+        group = join(config, torch.device("cpu"))
+        hosts.join_processes(group, group.own_address, read_local_rank() if platform == "CUDA" else None)
+    elif is_pod(platform):
+        index, num_hosts = hosts.join_pod()
+        group = meet(hosts.tell_all, host_index=index, num_hosts=num_hosts, heartbeat_seconds=config.heartbeat_seconds)
+    else:
+        return None
+    hosts.leave_with(group)
+    return group
 
 
 def may_span_hosts(config: RunConfig, *, use_tpu: bool) -> bool:

@@ -163,14 +163,15 @@ def host_call(step, loss, first):
 
 def trainer(model_dir: Path, **changes: Any) -> tpuspec.Trainer:
     tpu = tpuspec.TPUConfig(
+        iterations_per_loop=10, **json.loads(options.get("tpu", "{}")),
         per_host_input_for_training=options.get("deployment", "PER_HOST_V1").replace("SLICED", "PER_HOST_V1"),
         eval_training_input_configuration="SLICED" if options.get("deployment") == "SLICED" else "PER_HOST_V1")
     config = tpuspec.RunConfig(
         seed=3, show_progress=False, heartbeat_seconds=float(options.get("heartbeat", "60")), tpu_config=tpu,
         save_checkpoints_steps=int(options["save"]) if "save" in options else None)
     return tpuspec.Trainer(
-        model_fn, model=model, optimizer=optimizer, model_dir=model_dir, config=config, use_tpu=False, params={},
-        train_batch_size=24, eval_batch_size=24, predict_batch_size=24)
+        model_fn, model=model, optimizer=optimizer, model_dir=model_dir, config=config, use_tpu="xla" in options,
+        params={}, train_batch_size=24, eval_batch_size=24, predict_batch_size=24)
 
 
 def run(job: str, out: Path, **given: str) -> None:
@@ -179,7 +180,7 @@ def run(job: str, out: Path, **given: str) -> None:
     host = int(os.environ.get("RANK", "0"))
     options.update(given)
     torch.set_num_threads(1)
-    made = trainer(out / f"run{'' if 'shared' in options else host}")
+    made = trainer(Path(options.get("folder", out)) / f"run{'' if 'shared' in options else host}")
     result: dict[str, Any] = {}
     for part in job.split(","):
         if part == "train":
@@ -209,13 +210,14 @@ def run(job: str, out: Path, **given: str) -> None:
             predictions = made.predict(input_fn)
             result["some"] = [float(p["first"]) for p, _ in zip(predictions, range(30), strict=False)]
             predictions.close()
-    session = made._sessions[False]
+    session = made._sessions["xla" in options]
     folder = Path(made.model_dir)
     result |= notes | {"step": session.global_step, "torch_xla": "torch_xla" in sys.modules,
                        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
                        "prefetched": any(prefetched),
                        "noise": torch.rand(3).tolist(),
-                       "weights": [number for p in session.module.parameters() for number in p.flatten().tolist()]}
+                       "weights": [number for value in session.model_state().values()
+                                   for number in value.flatten().tolist()]}
     (out / f"result{host}.json").write_text(json.dumps(result))
 
 

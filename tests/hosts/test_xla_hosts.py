@@ -1,62 +1,109 @@
-"""The Trainer of two processes on XLA's backend, as the hosts of a pod."""
+"""Several processes of XLA devices compute what one computes: replicas, a mesh over all of them, failures, resume."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.free_port import free_port
-from tests.hosts.conftest import ROOT
+from tpuspec.checkpoint.store import CheckpointStore
 
 pytestmark = pytest.mark.slow
 
-NUM_ROWS, BATCH = 21, 4
+STEPS, ROWS = 50, 101
+LAYOUTS = {
+    "replicas": {},
+    "data": {"mesh": {"data": 4}},
+    "data and model": {"mesh": {"data": 2, "model": 2}, "sharding": {"0.weight": ["model", None], "0.bias": ["model"]}},
+    "fsdp": {"mesh": {"data": 4}, "fsdp": True},
+}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What came of a process alone, and of the chief and the other host of two; host 1 is killed at its end."""
-    out, port = tmp_path_factory.mktemp("hosts"), str(free_port())
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "MASTER_ADDR": "127.0.0.1"}
-    processes = [subprocess.Popen([sys.executable, str(Path(__file__).parent / "xla_hosts.py"), host, port, str(out)],
-                                  env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                  text=True) for host in ("-1", "0", "1")]
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    # The chief takes note of the failure, but its run has failed.
-    assert [process.returncode for process in processes] == [0, 1, -9], errors
-    return [json.loads((out / f"result{host}.json").read_text()) for host in (-1, 0, 1)]
+def close(a, b, most=1e-5):
+    return np.abs(np.asarray(a) - np.asarray(b)).max() <= most
 
 
-def test_both_hosts_end_with_the_state_of_one(results):
-    alone, *hosts = results
-    for host in hosts:
-        assert host["step"] == 20
-        assert host["kind"] == "replay"
-        assert np.abs(np.subtract(host["weights"], alone["weights"])).max() < 1e-6
-        for kind in ("metrics", "native"):
-            assert host[kind] == pytest.approx(alone["metrics"], abs=1e-6)
+@pytest.mark.parametrize(("hosts", "devices", "layout"), [
+    (2, 2, "replicas"), (2, 2, "data and model"), (2, 2, "fsdp"), (4, 1, "data")])
+def test_processes_equal_one_on_the_same_global_batch(run_xla_hosts, run_hosts, hosts, devices, layout):
+    (one,) = run_hosts(1, "train,evaluate,predict").results()
+    results = run_xla_hosts(hosts, "train,evaluate,predict", devices=devices, tpu=LAYOUTS[layout]).results()
+    chief, *others = results
+    assert close(chief["losses"], one["losses"])
+    assert chief["host_call_rows"] == one["host_call_rows"]
+    assert chief["predictions"] == one["predictions"]
+    for result in results:
+        assert close(result["weights"], one["weights"])
+        assert result["evaluations"] == chief["evaluations"]
+        assert result["evaluations"][0]["accuracy"] == one["evaluations"][0]["accuracy"]
+        assert result["evaluations"][0]["loss"] == pytest.approx(one["evaluations"][0]["loss"], abs=1e-6)
+        assert result["step"] == STEPS
+    for other in others:
+        assert (other["predictions"], other["host_calls"], other["files"]) == ([], [], [])
 
 
-def test_only_the_chief_has_host_work_predictions_and_files(results):
-    alone, chief, other = results
-    assert [host["is_chief"] for host in results] == [True, True, False]
-    assert chief["num_metric_rows"] == 2 * NUM_ROWS
-    assert chief["host_calls"] == [[2 * step, 2 * first] for step, first in alone["host_calls"]]
-    assert len(chief["host_calls"]) == 20
-    rows = alone["predictions"]
-    assert chief["predictions"] == [x for i in range(0, NUM_ROWS, BATCH) for x in 2 * rows[i:i + BATCH]]
-    assert set(chief["files"]) == set(alone["files"])
-    assert "checkpoint-20" in chief["files"]
-    assert (other["num_metric_rows"], other["host_calls"], other["predictions"], other["files"]) == (0, [], [], [])
+@pytest.mark.parametrize("layout", ["replicas", "data and model"])
+def test_hosts_with_uneven_shares_end_together_with_exact_metrics(run_xla_hosts, run_hosts, layout):
+    (one,) = run_hosts(1, "evaluate,predict").results()
+    results = run_xla_hosts(2, "evaluate,train,evaluate,predict", steps=2000, uneven=1, devices=2,
+                            tpu=LAYOUTS[layout]).results()
+    assert len({result["step"] for result in results}) == 1
+    assert results[0]["step"] < 20
+    assert results[1]["evaluations"] == results[0]["evaluations"]
+    assert results[0]["evaluations"][0]["accuracy"] == one["evaluations"][0]["accuracy"]
+    assert results[0]["evaluations"][0]["loss"] == pytest.approx(one["evaluations"][0]["loss"], abs=1e-6)
+    assert sorted(results[0]["predictions"]) == sorted(one["predictions"])
 
 
-def test_the_chief_names_the_host_that_was_killed(results):
-    assert re.match(r"host 1 of 2 \(.*, pid \d+\) failed in [\w ]+: it ended without a word", results[1]["failure"])
+@pytest.mark.parametrize("layout", ["replicas", "data and model"])
+def test_a_run_goes_on_from_the_chiefs_checkpoint_bit_for_bit(run_xla_hosts, layout):
+    settings = {"save": 10, "noisy": 1, "devices": 2, "tpu": LAYOUTS[layout]}
+    whole = run_xla_hosts(2, "train", **settings).results()
+    results = run_xla_hosts(2, "train,resume", steps=20, **settings).results()
+    assert [name for name in results[0]["files"] if name.endswith("checkpoint-20")]
+    assert results[0]["losses"] == whole[0]["losses"]
+    for result, uninterrupted in zip(results, whole, strict=True):
+        assert result["step"] == STEPS
+        assert result["weights"] == uninterrupted["weights"]
+
+
+def test_a_checkpoint_goes_on_on_another_layout(run_xla_hosts, run_hosts):
+    (one,) = run_hosts(1, "train").results()
+    (out := run_xla_hosts(2, "train", steps=20, save=10, devices=2, tpu=LAYOUTS["fsdp"], shared=1)).results()
+    resumed = run_xla_hosts(2, "train", steps=STEPS, devices=2, tpu=LAYOUTS["replicas"], shared=1, folder=out.out)
+    for result in resumed.results():
+        assert close(result["weights"], one["weights"])
+
+
+def told(outcome, host: int) -> str:
+    """The line of a host's error."""
+    (line, *_) = re.findall(r"^.*(?:HostFailureError: |error: )(.*)$", outcome.stderr(host), re.MULTILINE)
+    return line
+
+
+@pytest.mark.parametrize(("options", "code", "error"), [
+    ({"fail": "input_fn"}, 1, r"failed in input_fn: .*ValueError: made to fail in input_fn"),
+    ({"fail": "host_call", "host": 0}, 1, r"failed in host_call: .*made to fail in host_call"),
+    ({"fail": "input_fn", "how": "kill"}, -9, r"it ended without a word \(killed"),
+    ({"fail": "input_fn", "how": "kill", "host": 0}, -9, r"it ended without a word \(killed"),
+    ({"fail": "input_fn", "how": "stop", "heartbeat": 10.0}, -9, r"it has been silent for \d"),
+], ids=["input_fn", "host_call", "killed", "chief killed", "stopped"])
+def test_a_process_that_fails_ends_all_and_is_named(run_xla_hosts, options, code, error):
+    failing = options.get("host", 1)
+    outcome = run_xla_hosts(3, "train", steps=100_000, save=5, **options)
+    assert outcome.codes[failing] == code
+    assert outcome.seconds < 30.0
+    for host in {0, 1, 2} - {failing}:
+        assert outcome.codes[host] == 1
+        assert re.match(rf"host {failing} of 3 \(.*\)", told(outcome, host))
+        assert re.search(error, told(outcome, host))
+
+
+def test_a_signal_to_one_host_stops_all_after_one_save(run_xla_hosts):
+    outcome = run_xla_hosts(3, "train", steps=100_000, fail="input_fn", how="term", host=1, save=1000)
+    assert outcome.codes == [143, 143, 143], outcome.stderr(0)
+    assert outcome.seconds < 30.0
+    store = CheckpointStore(outcome.out / "run0")
+    assert {int((outcome.out / f"step{host}").read_text()) for host in range(3)} == {store.steps()[-1]} != {0}
+    assert store.damaged_steps() == []

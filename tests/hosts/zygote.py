@@ -14,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import linear
 
+if os.environ.get("TEST_ZYGOTE") == "xla":
+    import jax  # noqa: F401
+    import torch_xla  # noqa: F401
+
 ENV = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
 
@@ -29,6 +33,7 @@ def start(order: dict[str, Any], rank: int) -> int:
     if order["hosts"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["hosts"]), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(order["port"]))
+    os.environ.update(order["environment"])
     linear.run(order["job"], out, **order["options"])
     sys.exit(0)
 
@@ -39,7 +44,8 @@ def wait(pids: list[int], seconds: float) -> tuple[list[int], float]:
     Returns exit codes, and the seconds from the first end to the last.
     """
     codes: dict[int, int] = {}
-    first_end, deadline = 0.0, time.monotonic() + seconds
+    first_end = last_end = 0.0
+    deadline = time.monotonic() + seconds
     stopped: set[int] = set()
     while len(codes) < len(pids):
         for pid in pids:

@@ -310,7 +310,7 @@ def test_a_read_of_what_replicas_have_for_themselves_is_refused_with_its_line(ca
         features.cpu()
         return model_fn(features, labels, mode, params, model, optimizer, global_step)
 
-    with pytest.raises(CaptureError, match=r"cannot run on several replicas: it reads .* at test_replicas\.py:\d+"):
+    with pytest.raises(CaptureError, match=r"cannot run on several devices: it reads .* at test_replicas\.py:\d+"):
         make(2, tmp_path, model_fn=reading, capture=capture).train(input_fn, steps=5)
 
 

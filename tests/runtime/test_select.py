@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from tpuspec.config import CaptureMode, RunConfig, TPUConfig
+from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError, DeviceError
-from tpuspec.runtime import platforms
 from tpuspec.runtime.native import NativeBackend
 from tpuspec.select import select
 
@@ -46,18 +45,20 @@ def test_a_platform_that_cannot_start_is_a_device_error_with_the_mend():
 
 
 @pytest.mark.slow
-def test_a_client_that_runs_with_other_devices_is_a_device_error():
-    code = "import torch_xla; torch_xla.device(); import os; os.environ['CPU_NUM_DEVICES'] = '4'" + SELECT.format(
-        num_shards=4)
-    done = run_python(code, PJRT_DEVICE="CPU")
-    assert "DeviceError: The XLA client of this process already runs with 1 CPU devices" in done.stderr
-    assert "before the first XLA call" in done.stderr
+def test_a_client_of_torch_xla_that_runs_is_enough_to_trace_with():
+    done = run_python("import torch_xla; torch_xla.device()" + SELECT.format(num_shards=4), PJRT_DEVICE="CPU",
+                      CPU_NUM_DEVICES=None)
+    assert done.returncode == 1 and "before the first XLA call" in done.stderr
+    done = run_python("import torch_xla; torch_xla.device()" + SELECT.format(num_shards=4), PJRT_DEVICE="CPU",
+                      CPU_NUM_DEVICES="4")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_a_client_of_jax_that_runs_with_fewer_devices_is_a_device_error():
+def test_a_client_of_jax_that_runs_with_fewer_devices_is_told():
     done = run_python("import jax; jax.devices()" + SELECT.format(num_shards=4), PJRT_DEVICE="CPU")
-    assert "DeviceError: jax's client of this process already runs with 1 CPU devices; 4 are wanted" in done.stderr
+    assert "ConfigError: TPUConfig.num_shards is not set correctly, it should be (1), got (4)" in done.stderr
+    assert "set CPU_NUM_DEVICES=4 before the first XLA call" in done.stderr
 
 
 def test_without_torch_xla_the_error_says_what_to_install():
@@ -68,22 +69,8 @@ def test_without_torch_xla_the_error_says_what_to_install():
     assert "use_tpu=False" in done.stderr
 
 
-def test_a_mesh_on_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setenv("PJRT_DEVICE", "CUDA")
-    monkeypatch.setattr(platforms, "_chosen", [])
-    with pytest.raises(ConfigError, match="a mesh runs on torch_xla's own runtime, which has no GPUs"):
-        select(RunConfig(tpu_config=TPUConfig(mesh={"data": 2})), use_tpu=True)
-
-
 def test_plain_pytorch_needs_no_xla():
     assert isinstance(select(RunConfig(), use_tpu=False), NativeBackend)
-
-
-def test_torchruns_processes_are_refused_on_xla(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="compute together with use_tpu=False.*WORLD_SIZE=2"):
-        select(RunConfig(), use_tpu=True)
 
 
 def test_several_processes_need_the_address_of_the_first(monkeypatch):

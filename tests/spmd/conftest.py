@@ -1,6 +1,6 @@
-"""These tests need an XLA client with a mesh of 4 or 8 CPU devices: a process of their own.
+"""These tests need an XLA client with 8 CPU devices: a process of their own.
 
-`tests/test_several_devices.py` starts it; by hand: SPMD_DEVICES=4 pytest tests/spmd.
+`tests/test_several_devices.py` starts it; by hand: SPMD_DEVICES=8 pytest tests/spmd.
 """
 
 import json

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tpuspec import CrossShardOptimizer, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
-from tpuspec.mesh import PartitionSpec
+from tpuspec.errors import ConfigError
+from tpuspec.mesh import PartitionSpec, check_partitioner
 
 Layout = tuple[PartitionSpec, PartitionSpec]
 """How the two weights of a network are split."""
@@ -139,8 +140,17 @@ def differences(kind: type[TwoLayers], mesh: Mapping[str, int], tried: Sequence[
 def nothing_refused():
     """Lets the settings through that XLA's partitioner gets wrong."""
     with (mock.patch("tpuspec.mesh.check_partitioner", lambda *arguments: None),
-          mock.patch("tpuspec.runtime.layout.check_batch_partitioner", lambda *arguments: None)):
+          mock.patch("tpuspec.runtime.layouts.check_batch_partitioner", lambda *arguments: None)):
         yield
+
+
+def is_allowed(spec: PartitionSpec, mesh: Mapping[str, int]) -> bool:
+    """Whether the settings let a parameter be split so."""
+    try:
+        check_partitioner("", spec, mesh)
+    except ConfigError:
+        return False
+    return True
 
 
 def _told(layout: Layout) -> str:
@@ -157,10 +167,13 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=MODELS, default="linear")
     parser.add_argument("--input-partition-dims", type=json.loads)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--allowed", action="store_true", help="only what the settings allow")
     options = parser.parse_args()
     end, num_tried, num_wrong = time.monotonic() + options.seconds, 0, 0
+    candidates = [layout for layout in layouts(MODELS[options.model], options.mesh)
+                  if not options.allowed or all(is_allowed(spec, options.mesh) for spec in layout)]
     with nothing_refused():
-        for part in _in_parts(layouts(MODELS[options.model], options.mesh), 12):
+        for part in _in_parts(candidates, 12):
             found = differences(MODELS[options.model], options.mesh, part,
                                 input_partition_dims=options.input_partition_dims)
             num_tried += len(part)

@@ -1,13 +1,16 @@
-"""What replicas compute together, in the form that jax's runtime takes."""
+"""What devices compute together, in the form that jax's runtime takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import stablehlo
+from jaxlib.mlir.dialects import sdy, stablehlo
+
+from tpuspec.spec.engine import CONSTRAINT, CONSTRAINT_AXES
 
 _HALVES = ("f16", "bf16")
 
@@ -22,7 +25,7 @@ def over_replicas(artifact: bytes, num_replicas: int) -> bytes:
     """
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         module = stablehlo.deserialize_portable_artifact(context, artifact)
-        found = list(_collectives(module.operation))
+        found = list(_operations(module.operation, _COLLECTIVES))
         if not found:
             return artifact
         for channel, operation in enumerate(found, start=1):
@@ -31,15 +34,47 @@ def over_replicas(artifact: bytes, num_replicas: int) -> bytes:
         return stablehlo.serialize_portable_artifact(module, stablehlo.get_current_version())
 
 
-def _collectives(operation: Any) -> Iterator[Any]:
-    if operation.name in ("stablehlo.all_reduce", "stablehlo.all_gather", "stablehlo.reduce_scatter",
-                          "stablehlo.all_to_all", "stablehlo.collective_permute"):
+def over_mesh(artifact: bytes, spec_of: Callable[[Sequence[Sequence[str]]], Sequence[Sequence[str]]],
+              sizes: Mapping[str, int]) -> bytes:
+    """Returns a program whose constraints are those of the partitioner.
+
+    Args:
+      artifact: of one device.
+      spec_of: from the axes of each dim, as the user named them, to those of the devices.
+      sizes: of the axes of the devices.
+    """
+    with mlir.make_ir_context() as context, ir.Location.unknown(context):
+        module = stablehlo.deserialize_portable_artifact(context, artifact)
+        found = [operation for operation in _operations(module.operation, ("stablehlo.custom_call",))
+                 if ir.StringAttr(operation.attributes["call_target_name"]).value == CONSTRAINT]
+        if not found:
+            return artifact
+        mesh = sdy.MeshAttr.get([sdy.MeshAxisAttr.get(name, size) for name, size in sizes.items()])
+        for operation in found:
+            axes = json.loads(ir.StringAttr(ir.DictAttr(
+                operation.attributes["mhlo.frontend_attributes"])[CONSTRAINT_AXES]).value)
+            dims = [sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(name) for name in names], is_closed=True)
+                    for names in spec_of(axes)]
+            with ir.InsertionPoint(operation):
+                constrained = sdy.sharding_constraint(operation.operands[0], sdy.TensorShardingAttr.get(mesh, dims))
+            operation.results[0].replace_all_uses_with(constrained)
+            operation.erase()
+        return stablehlo.serialize_portable_artifact(
+            module, stablehlo.get_current_version(), allow_other_dialects=True)
+
+
+_COLLECTIVES = ("stablehlo.all_reduce", "stablehlo.all_gather", "stablehlo.reduce_scatter", "stablehlo.all_to_all",
+                "stablehlo.collective_permute")
+
+
+def _operations(operation: Any, names: Sequence[str]) -> Iterator[Any]:
+    if operation.name in names:
         yield operation
         return
     for region in operation.regions:
         for block in region.blocks:
             for inner in block.operations:
-                yield from _collectives(inner.operation)
+                yield from _operations(inner.operation, names)
 
 
 def _attributes(num_replicas: int, channel: int) -> dict[str, Any]:

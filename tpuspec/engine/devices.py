@@ -1,9 +1,7 @@
-"""The devices that programs run on: one, or one for each replica."""
+"""The devices that programs run on: one, or one for each replica; of this process, or of all that have joined."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +15,7 @@ from torch import Tensor
 from tpuspec.engine.arrays import fetch, host_array
 from tpuspec.engine.collectives import over_replicas
 from tpuspec.engine.executable import Form, as_exported, compile_loop, compile_step, has_convolutions, num_compiles
-from tpuspec.errors import DeviceError
-from tpuspec.spec.engine import Run
+from tpuspec.spec.engine import OWN, WHOLE, Layout, Run
 from tpuspec.spec.phase import in_phase
 
 _REPLICA = "replica"
@@ -31,7 +28,8 @@ class OneDevice:
       devices: the first one is taken.
     """
 
-    num_replicas = 1
+    num_replicas = num_devices = 1
+    batches_are_outputs = True
 
     def __init__(self, devices: Sequence[Any]) -> None:
         self._devices = list(devices)
@@ -43,23 +41,20 @@ class OneDevice:
         """Programs that this process has compiled."""
         return num_compiles()
 
-    def put(self, tensors: Sequence[Tensor], own: Sequence[bool] | None = None) -> list[Any]:
+    def put(self, tensors: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         """Copies host tensors to the devices; each replica gets its own copy of those that are its own."""
-        if not tensors:
-            return []
-        owned = own or [False] * len(tensors)
-        with jax.enable_x64(True):
-            return jax.device_put([self._copies(host_array(tensor), is_own) for tensor, is_own in
-                                   zip(tensors, owned, strict=True)], [self._place(is_own) for is_own in owned])
+        arrays = [host_array(tensor) for tensor in tensors]
+        return self._send(arrays, layouts or [WHOLE] * len(tensors))
 
-    def of_batches(self, batches: Sequence[Sequence[Tensor]]) -> list[Any]:
-        """Copies the batches of the replicas into inputs of one run."""
+    def put_stacked(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Copies host tensors of one replica, [1, ...]."""
+        return self.put([tensor[0] for tensor in tensors])
+
+    def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
+        """Copies the batch into inputs of one run."""
         (tensors,) = batches
         arrays = [host_array(tensor) for tensor in tensors]
-        if self._platform == "cpu":
-            return arrays
-        with jax.enable_x64(True):
-            return jax.device_put(arrays, self._place(True))
+        return arrays if self._platform == "cpu" else self._send(arrays, layouts)
 
     def own(self, values: Sequence[Any]) -> Any:
         """Returns an input that is every replica's own, of one number each."""
@@ -78,20 +73,22 @@ class OneDevice:
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         """As `fetch`: there is one replica."""
-        return fetch(arrays)
+        return self.fetch(arrays)
 
     def sums(self, arrays: Sequence[Any]) -> Tensor:
         """Returns the sums of values and of sizes of arrays, float32 [1, arrays, 2]."""
         return fetch([_sums(arrays)[None]])[0]
 
-    def compile(self, program: bytes, donated: Sequence[int], given: Sequence[bool], made: Sequence[bool]) -> Run:
+    def compile(self, program: bytes, donated: Sequence[int], given: Sequence[Layout], made: Sequence[Layout],
+                num_kept: int = 0) -> Run:
         """Compiles a StableHLO program."""
         exported = self._exported(program)
         with in_phase("compile"), jax.enable_x64(True):
-            return compile_step(self._function(exported, given, made), self._forms(exported, given), donated)
+            return compile_step(self._function(exported, given, made), self._forms(exported, given), donated,
+                                self._places(exported, made, num_kept))
 
     def compile_loop(self, program: bytes, num_steps: int, carried: Sequence[tuple[int, int]], stacked: Sequence[int],
-                     given: Sequence[bool], made: Sequence[bool]) -> Run | None:
+                     given: Sequence[Layout], made: Sequence[Layout]) -> Run | None:
         """Compiles a loop of several steps; None on a CPU for convolutions, which have one thread within a loop there.
 
         They would be slower so, and have other last bits.
@@ -100,86 +97,163 @@ class OneDevice:
             return None
         exported = self._exported(program)
         with in_phase("compile"), jax.enable_x64(True):
-            return compile_loop(self._function(exported, given, made), self._forms(exported, given), len(made),
-                                num_steps, carried, stacked)
+            return compile_loop(self._function(exported, given, made), self._forms(exported, given), num_steps,
+                                carried, stacked, len(made), self._places(exported, made, len(carried)),
+                                self._places(exported, made, len(carried), stacked=True))
 
     def _exported(self, program: bytes) -> export.Exported:
         return as_exported(program, self._platform)
 
-    def _function(self, exported: export.Exported, given: Sequence[bool], made: Sequence[bool],
+    def _function(self, exported: export.Exported, given: Sequence[Layout], made: Sequence[Layout],
                   ) -> Callable[..., Any]:
         return exported.call
 
-    def _forms(self, exported: export.Exported, given: Sequence[bool]) -> list[Form]:
+    def _forms(self, exported: export.Exported, given: Sequence[Layout]) -> list[Form]:
         """Returns shape, dtype and place of each input."""
-        return [Form(tuple(aval.shape), aval.dtype, self._place(is_own), self._place(is_own, stacked=True))
-                for aval, is_own in zip(exported.in_avals, given, strict=True)]
+        return [Form(self._shape(tuple(aval.shape), layout), aval.dtype, self._place(layout),
+                     self._place(layout, stacked=True))
+                for aval, layout in zip(exported.in_avals, given, strict=True)]
 
-    def _copies(self, array: Any, is_own: bool) -> Any:
-        return array
+    def _places(self, exported: export.Exported, made: Sequence[Layout], num_kept: int, *, stacked: bool = False,
+                ) -> list[Any] | None:
+        """Returns where each output lies; None where the program says it."""
+        return None
 
-    def _place(self, is_own: bool, *, stacked: bool = False) -> Any:
+    def _send(self, arrays: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
+        if not arrays:
+            return []
+        with jax.enable_x64(True):
+            return jax.device_put(list(arrays), [self._place(layout) for layout in layouts])
+
+    def _shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        """Returns the shape of an array that has a tensor of every replica."""
+        return shape
+
+    def _place(self, layout: Layout, *, stacked: bool = False) -> Any:
         return jax.sharding.SingleDeviceSharding(self._devices[0])
 
 
-class Replicas(OneDevice):
+class Several(OneDevice):
+    """Devices of one process or of several, each with a part of what is split."""
+
+    _mesh: Mesh
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        super().__init__(devices)
+        self.num_devices = len(devices)
+        self._is_local = all(device.process_index == jax.process_index() for device in devices)
+
+    def fetch(self, arrays: Sequence[Any]) -> list[Tensor]:
+        """Copies arrays to the host; those that are split over processes are brought together, by all of them."""
+        if self._is_local:
+            return fetch(arrays)
+        return fetch([self._here(array) for array in arrays])
+
+    def _here(self, array: Any) -> Any:
+        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+            return array
+        if not array.is_fully_replicated:
+            with jax.enable_x64(True):
+                array = jax.jit(lambda one: one, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(array)
+        return array.addressable_data(0)
+
+    def _send(self, arrays: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
+        return self._to_places([self._whole(*each) for each in zip(arrays, layouts, strict=True)], layouts)
+
+    def _to_places(self, arrays: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
+        """Sends to each device its part of arrays that every process has whole."""
+        if self._is_local:
+            return super()._send(arrays, layouts)
+        with jax.enable_x64(True):
+            return [jax.make_array_from_callback(array.shape, self._place(layout), array.__getitem__)
+                    for array, layout in zip(map(np.asarray, arrays), layouts, strict=True)]
+
+    def _whole(self, array: Any, layout: Layout) -> Any:
+        """Returns the values of all replicas, from those of one."""
+        return array
+
+    def _of_processes(self, arrays: Sequence[Any], layouts: Sequence[Layout], num_parts: int) -> list[Any]:
+        """Returns arrays of which each process has its part of the first dim."""
+        with jax.enable_x64(True):
+            return [jax.make_array_from_process_local_data(
+                self._place(layout), array, (array.shape[0] * num_parts, *array.shape[1:]))
+                for array, layout in zip(map(np.asarray, arrays), layouts, strict=True)]
+
+
+class Replicas(Several):
     """A device for each replica. What each has for itself is an array [number of replicas, ...]."""
 
     def __init__(self, devices: Sequence[Any]) -> None:
         super().__init__(devices)
         self.num_replicas = len(devices)
+        self.batches_are_outputs = self._is_local
         self._mesh = Mesh(np.array(devices), (_REPLICA,))
+        self._local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         self._sums: Callable[..., Any] | None = None
 
-    def of_batches(self, batches: Sequence[Sequence[Tensor]]) -> list[Any]:
-        """Copies the batches of the replicas into inputs of one run, each to its device."""
+    def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
+        """Copies the batches of this process's replicas into inputs of one run, each to its device."""
         arrays = [np.stack([host_array(tensor) for tensor in tensors]) for tensors in zip(*batches, strict=True)]
+        if not self._is_local:
+            return self._of_processes(arrays, layouts, self.num_replicas // len(self._local))
         with jax.enable_x64(True):
-            return jax.device_put(arrays, self._place(True))
+            return jax.device_put(arrays, [self._place(layout) for layout in layouts])
 
     def own(self, values: Sequence[Any]) -> Any:
         """Returns an input that is every replica's own, of one number each."""
-        return np.stack(values)
+        array = np.stack(values)
+        return array if self._is_local else self._to_places([array], [OWN])[0]
+
+    def put_stacked(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Copies host tensors [num_replicas, ...] to the devices, to each replica its own."""
+        return self._to_places([host_array(tensor) for tensor in tensors], [OWN] * len(tensors))
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         """As `fetch`, for one replica: of what each has for itself the mean, or the first one's whole numbers."""
         return [_mean(tensor) if _is_own(array) else tensor
-                for array, tensor in zip(arrays, fetch(arrays), strict=True)]
+                for array, tensor in zip(arrays, self.fetch(arrays), strict=True)]
 
     def sums(self, arrays: Sequence[Any]) -> Tensor:
-        """Returns for each replica the sums of values and of sizes of arrays, float32 [num_replicas, arrays, 2]."""
+        """Returns the sums of values and of sizes for this process's replicas, float32 [replicas, arrays, 2]."""
         if self._sums is None:
             self._sums = jax.jit(jax.shard_map(
                 lambda *arrays: _sums(arrays)[None], mesh=self._mesh, in_specs=PartitionSpec(),
                 out_specs=PartitionSpec(_REPLICA), check_vma=False))
-        return fetch([self._sums(*arrays)])[0]
+        return self.fetch([self._sums(*arrays)])[0][self._local]
 
     def _exported(self, program: bytes) -> export.Exported:
         return as_exported(over_replicas(program, self.num_replicas), self._platform)
 
-    def _function(self, exported: export.Exported, given: Sequence[bool], made: Sequence[bool],
+    def _function(self, exported: export.Exported, given: Sequence[Layout], made: Sequence[Layout],
                   ) -> Callable[..., Any]:
         def of_replica(*inputs: Any) -> tuple[Any, ...]:
-            outputs = exported.call(*(each[0] if is_own else each for each, is_own in zip(inputs, given, strict=True)))
-            return tuple(each[None] if is_own else each for each, is_own in zip(outputs, made, strict=True))
+            outputs = exported.call(*(
+                each[0] if layout.is_own else each for each, layout in zip(inputs, given, strict=True)))
+            return tuple(each[None] if layout.is_own else each for each, layout in zip(outputs, made, strict=True))
 
-        def specs(owned: Sequence[bool]) -> tuple[PartitionSpec, ...]:
-            return tuple(PartitionSpec(_REPLICA) if is_own else PartitionSpec() for is_own in owned)
+        def specs(layouts: Sequence[Layout]) -> tuple[PartitionSpec, ...]:
+            return tuple(PartitionSpec(_REPLICA) if layout.is_own else PartitionSpec() for layout in layouts)
 
         # Not checked: that what is not a replica's own is equal on all of them is what `loops.drift` looks after.
         return jax.shard_map(of_replica, mesh=self._mesh, in_specs=specs(given), out_specs=specs(made),
                              check_vma=False)
 
-    def _forms(self, exported: export.Exported, given: Sequence[bool]) -> list[Form]:
-        return [form._replace(shape=(self.num_replicas, *form.shape)) if is_own else form
-                for form, is_own in zip(super()._forms(exported, given), given, strict=True)]
+    def _places(self, exported: export.Exported, made: Sequence[Layout], num_kept: int, *, stacked: bool = False,
+                ) -> list[Any] | None:
+        if self._is_local:
+            return None
+        # What hosts read must be whole on each: the chief has the rows of all.
+        return [self._place(layout if i < num_kept else WHOLE, stacked=stacked) for i, layout in enumerate(made)]
 
-    def _copies(self, array: Any, is_own: bool) -> Any:
-        return np.broadcast_to(np.asarray(array), (self.num_replicas, *array.shape)) if is_own else array
+    def _shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        return (self.num_replicas, *shape) if layout.is_own else shape
 
-    def _place(self, is_own: bool, *, stacked: bool = False) -> Any:
-        axes = [_REPLICA] if is_own else []
-        return NamedSharding(self._mesh, PartitionSpec(*([None] if stacked else []), *axes))
+    def _whole(self, array: Any, layout: Layout) -> Any:
+        return np.broadcast_to(np.asarray(array), self._shape(array.shape, layout)) if layout.is_own else array
+
+    def _place(self, layout: Layout, *, stacked: bool = False) -> Any:
+        axes = [_REPLICA] if layout.is_own else []
+        return NamedSharding(self._mesh, PartitionSpec(*([None] if stacked and axes else []), *axes))
 
 
 def _is_own(array: Any) -> bool:
@@ -199,50 +273,3 @@ def _sums(arrays: Sequence[Any]) -> Any:
     values = [jax.numpy.stack([each.real, each.imag]) if jax.numpy.iscomplexobj(each) else each for each in arrays]
     wide = [each.astype(jax.numpy.float32) for each in values]
     return jax.numpy.stack([jax.numpy.stack([each.sum(), abs(each).sum()]) for each in wide])
-
-
-class Engines:
-    """The devices of a platform on this host, and engines on them.
-
-    Args:
-      platform: of PJRT: 'CPU', 'TPU' or 'CUDA'.
-    """
-
-    def __init__(self, platform: str) -> None:
-        self._platform = platform
-        self._name = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda"}.get(platform, platform.lower())
-
-    def num_devices(self) -> int:
-        """Starts jax's client, or joins the one that runs, and counts its devices.
-
-        On a CPU it makes as many as CPU_NUM_DEVICES says.
-
-        Raises:
-          DeviceError: the platform cannot be started.
-        """
-        return len(self._devices())
-
-    def make(self, num_replicas: int) -> OneDevice:
-        """Returns the engine of so many replicas, a device each.
-
-        Raises:
-          DeviceError: there are fewer devices, or the platform cannot be started.
-        """
-        devices = self._devices()
-        if len(devices) < num_replicas:
-            raise DeviceError(
-                f"jax's client of this process already runs with {len(devices)} {self._platform} devices; "
-                f"{num_replicas} are wanted. Set CPU_NUM_DEVICES, or make the Trainer with the most shards, before the "
-                "first use of jax in the process.")
-        return OneDevice(devices[:1]) if num_replicas == 1 else Replicas(devices[:num_replicas])
-
-    def _devices(self) -> list[Any]:
-        if self._name == "cpu":
-            with contextlib.suppress(RuntimeError):  # the client runs
-                jax.config.update("jax_num_cpu_devices", int(os.environ.get("CPU_NUM_DEVICES", "1")))
-        try:
-            return jax.local_devices(backend=self._name)
-        except RuntimeError as error:
-            raise DeviceError(
-                f"PJRT_DEVICE={self._platform} cannot be started: {str(error).splitlines()[0].rstrip('.')}. "
-                "Set PJRT_DEVICE=CPU to run without an accelerator.") from error

@@ -52,18 +52,22 @@ class Form(NamedTuple):
         return jax.ShapeDtypeStruct((num_steps, *self.shape), self.dtype, sharding=self.place_of_steps)
 
 
-def compile_step(call: Callable[..., Any], forms: Sequence[Form], donated: Sequence[int]) -> Run:
+def compile_step(call: Callable[..., Any], forms: Sequence[Form], donated: Sequence[int],
+                 places: Sequence[Any] | None = None) -> Run:
     """Compiles a program.
 
     Args:
       call: the program as a function of arrays, to be traced by jax.
       forms: of the inputs.
       donated: places of the inputs whose buffers the program may write its outputs to; they are gone then.
+      places: where each output lies; None where `call` says it.
     """
     global _num_compiles
     _num_compiles += 1
     with _donation_may_fail():
-        compiled = jax.jit(lambda *inputs: call(*inputs), donate_argnums=tuple(donated), keep_unused=True).lower(
+        compiled = jax.jit(
+            lambda *inputs: tuple(call(*inputs)), donate_argnums=tuple(donated), keep_unused=True,
+            out_shardings=None if places is None else tuple(places)).lower(
             *(form.of_step() for form in forms)).compile()
 
     def run(inputs: Sequence[Any]) -> list[Any]:
@@ -73,17 +77,20 @@ def compile_step(call: Callable[..., Any], forms: Sequence[Form], donated: Seque
     return run
 
 
-def compile_loop(call: Callable[..., Any], forms: Sequence[Form], num_outputs: int, num_steps: int,
-                 carried: Sequence[tuple[int, int]], stacked: Sequence[int]) -> Run:
+def compile_loop(call: Callable[..., Any], forms: Sequence[Form], num_steps: int, carried: Sequence[tuple[int, int]],
+                 stacked: Sequence[int], num_outputs: int, places_of_state: Sequence[Any] | None = None,
+                 places_of_steps: Sequence[Any] | None = None) -> Run:
     """Compiles a program that runs another one several times, as a loop on the device: it is compiled once.
 
     Args:
       call: one step.
       forms: of its inputs.
-      num_outputs: of one step.
       num_steps: how often it runs.
       carried: (input, output) of the state: each step starts with what the one before has written.
       stacked: places of the inputs that are [num_steps, ...], one for each step; the others are the same in all.
+      num_outputs: of one step.
+      places_of_state, places_of_steps: where each output lies, by its number in a step: of the state, and of what is
+        [num_steps, ...]; None where `call` says it.
 
     Returns:
       A function from the inputs of one step, with those stacked, to its outputs: the state after the last step, the
@@ -105,7 +112,9 @@ def compile_loop(call: Callable[..., Any], forms: Sequence[Form], num_outputs: i
     global _num_compiles
     _num_compiles += 1
     with _donation_may_fail():
-        compiled = jax.jit(loop, donate_argnums=0, keep_unused=True).lower(
+        shardings = None if places_of_state is None or places_of_steps is None else (
+            tuple(places_of_state[result] for result in results), tuple(places_of_steps[other] for other in others))
+        compiled = jax.jit(loop, donate_argnums=0, keep_unused=True, out_shardings=shardings).lower(
             tuple(forms[place].of_step() for place in places), tuple(forms[place].of_step() for place in same),
             tuple(forms[place].of_steps(num_steps) for place in stacked)).compile()
 

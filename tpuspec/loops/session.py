@@ -301,9 +301,11 @@ class Session:
         """Reads everything that a later run goes on from; see read_random_state."""
         optimizers = {name: read_optimizer(optimizer, self._asked[name], self.module)
                       for name, optimizer in self.replicas[0].optimizers.items()}
+        extra = collect_positions(self.backend, self.input_position, of_input)
+        if statistics := self.backend.statistics():
+            extra["statistics"] = statistics
         return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
-                             optimizers=_own(self.backend.fetch(optimizers), optimizers),
-                             extra=collect_positions(self.backend, self.input_position, of_input))
+                             optimizers=_own(self.backend.fetch(optimizers), optimizers), extra=extra)
 
     def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
         """Loads a module's state dict on every replica.
@@ -339,6 +341,7 @@ class Session:
         for name, optimizer in self.replicas[0].optimizers.items():
             check_optimizer_state(name, optimizer, state.optimizers[name])
         self.load_model(state.model, scaffold)
+        self.backend.set_statistics(self.replicas[0], state.extra.get("statistics", {}))
         if self._schedules is not None:
             # Before the optimizers: their rates are then those that the checkpoint has.
             self._schedules.move_to(state.global_step)

@@ -9,7 +9,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch_xla
@@ -53,9 +52,9 @@ def scalars_shared() -> Iterator[None]:
         _C._set_xla_enable_device_data_cache(False)
 
 
-def send(tensors: Sequence[Tensor], device: str, shardings: Sequence[Any] | None = None) -> list[Tensor]:
-    """Copies host tensors to a device in one call; to all devices of SPMD, split as `shardings` say or whole."""
-    return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), shardings) if tensors else []
+def send(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Copies host tensors to a device in one call."""
+    return _C._xla_tensors_from_aten(list(tensors), [device] * len(tensors), None) if tensors else []
 
 
 def send_apart(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
@@ -69,34 +68,9 @@ def send_apart(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
 
 
 def send_copy(tensor: Tensor, device: str) -> Tensor:
-    """Returns a device tensor of the same values and sharding, with a buffer of its own."""
+    """Returns a device tensor of the same values, with a buffer of its own."""
     (copied,) = send(fetch([tensor]), device)
-    if (sharding := _C._get_xla_op_sharding(tensor)) is not None:
-        constrain(copied, sharding)
     return copied
-
-
-def constrain(tensor: Tensor, sharding: Any) -> None:
-    """Fixes how a tensor lies on the devices of SPMD: a pending one in its graph, data by moving it.
-
-    Data that is split in another way cannot be moved so.
-    """
-    _C._xla_mark_sharding(tensor, sharding)
-
-
-def sharding_text(tensor: Tensor) -> str:
-    """Returns how data lies on the devices of SPMD, in XLA's words; '' where it was not sent yet."""
-    return _C._get_xla_sharding_spec(tensor)
-
-
-def local_shards(tensors: Sequence[Tensor]) -> list[list[tuple[tuple[slice, ...], Tensor]]]:
-    """Copies the parts of tensors from the devices of SPMD: for each device the place and the values, padded behind."""
-    if not tensors:
-        return []
-    values, places = _C._get_local_shards(list(tensors)), _C._get_local_shard_replica_and_indices(list(tensors))
-    return [[(tuple(index) if isinstance(index, list) else (index,), value)
-             for (value, _), (_, index) in zip(parts, indices, strict=True)]
-            for parts, indices in zip(values, places, strict=True)]
 
 
 def computed(tensor: Tensor) -> Tensor:
@@ -135,7 +109,7 @@ def use_device(device: str) -> None:
 
 def handles(tensors: Sequence[Tensor]) -> list[int]:
     """Returns the device buffer behind each tensor; none may be pending. Waits for the programs under way."""
-    # Until its program has run, a tensor has a stand-in for its buffer, of another address; in SPMD none at all.
+    # Until its program has run, a tensor has a stand-in for its buffer, of another address.
     _C._xla_wait_device_ops([])
     return _C._get_tensors_handle(list(tensors)) if tensors else []
 
@@ -236,10 +210,10 @@ def seed_id() -> int:
     return _C._get_seed_info_id()
 
 
-def donate(values: Sequence[Tensor], *, donated: bool = True) -> None:
+def donate(values: Sequence[Tensor]) -> None:
     """Gives the buffers of some inputs to the next graph, which may write its outputs there; they are gone then."""
     for value in values:
-        _C._set_buffer_donation(value, donated)
+        _C._set_buffer_donation(value, True)
 
 
 def graph_hash(roots: Sequence[Tensor]) -> bytes:
@@ -291,12 +265,6 @@ def seed_after_draw(seed: int) -> int:
     return (_DRAW_ADD + _DRAW_FACTOR * seed) % _SEED_MODULUS
 
 
-def seed_value(seed: int, device: str) -> Tensor:
-    """Returns a seed as the graph input of a device."""
-    _C._xla_set_rng_seed(seed, device)
-    return _C._get_base_seed_as_tensor(device)
-
-
 def read_seed(value: Tensor) -> int:
     """Reads a seed that is a graph's input."""
     return int(fetch([value])[0].item()) % _SEED_MODULUS
@@ -315,13 +283,3 @@ def set_seed(seed: int, device: str) -> None:
 def allow_execution(allowed: bool) -> None:
     """Refuses, or allows again, that reading a pending value runs its graph."""
     _C._set_allow_execution(allowed)
-
-
-def all_devices() -> list[str]:
-    """Returns the devices of all hosts, in the order of collectives."""
-    return sorted(_C._xla_get_all_devices(), key=lambda device: int(device.rpartition(":")[2]))
-
-
-def set_replication(devices: Sequence[str]) -> None:
-    """Tells torch_xla which devices compute together; [] for one alone."""
-    _C._xla_set_replication_devices(list(devices))

@@ -21,9 +21,10 @@ from torch import Tensor
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
 from tpuspec.runtime.host_reads import HostReads
-from tpuspec.runtime.runtimes import Runtime
-from tpuspec.runtime.sources import Source, is_own_source
-from tpuspec.spec.engine import Run
+from tpuspec.runtime.layouts import of_sources
+from tpuspec.runtime.on_engine import OnEngine
+from tpuspec.runtime.sources import Source
+from tpuspec.spec.engine import Layout, Run
 from tpuspec.spec.functions import user_place
 
 InputsOf = Callable[[Sequence[Source], Sequence[Tensor]], list[Any]]
@@ -45,7 +46,7 @@ class Guard:
     """
 
     graph: bytes
-    runtime: Runtime
+    runtime: OnEngine
     run: Run
     inputs: tuple[Source, ...]
     constants: tuple[Any, ...]
@@ -81,6 +82,7 @@ class GuardedReads:
       reads: counts what is read.
       runtime: computes them.
       inputs_of: returns the inputs of a graph.
+      of_batch: layouts of the batch's tensors.
       is_alone: whether there is one replica.
 
     Attributes:
@@ -89,11 +91,11 @@ class GuardedReads:
     """
 
     def __init__(self, source_of: Callable[[graph.GraphInput], Source | None], reads: HostReads,
-                 runtime: Runtime, inputs_of: InputsOf, *, is_alone: bool) -> None:
+                 runtime: OnEngine, inputs_of: InputsOf, of_batch: Sequence[Layout], *, is_alone: bool) -> None:
         self.found: list[Guard] = []
         self.of_numbers: list[str] = []
         self._source_of, self._reads, self._is_alone = source_of, reads, is_alone
-        self._runtime, self._inputs_of = runtime, inputs_of
+        self._runtime, self._inputs_of, self._of_batch = runtime, inputs_of, of_batch
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -120,9 +122,10 @@ class GuardedReads:
                     source = Source("constant", len(constants))
                     constants.append(found.value)
                 sources.append(source)
-            compiled = self._runtime.compile([root], [], [is_own_source(source) for source in sources], [True])
-            value, answer = _answer(self._runtime, compiled.run, self._inputs_of(
-                sources, [found.value for found in inputs]))
+            values = [found.value for found in inputs]
+            given = of_sources(self._runtime.layouts, sources, values, self._of_batch)
+            compiled = self._runtime.compile([root], [], given, [self._runtime.layouts.of_output])
+            value, answer = _answer(self._runtime, compiled.run, self._inputs_of(sources, values))
             place = user_place(sys._getframe(1))
             if any(source.kind == "number" for source in sources):
                 self.of_numbers.append(place)
@@ -134,8 +137,8 @@ class GuardedReads:
             return value
 
 
-def _answer(runtime: Runtime, run: Run, feed: Sequence[Any]) -> tuple[Any, str]:
-    values = runtime.fetch(run(feed))[0].reshape(-1).tolist()
+def _answer(runtime: OnEngine, run: Run, feed: Sequence[Any]) -> tuple[Any, str]:
+    values = runtime.engine.fetch(run(feed))[0].reshape(-1).tolist()
     if any(repr(value) != repr(values[0]) for value in values):
         raise CaptureError(f"the replicas computed different graphs: the step reads {values} from them, and a branch "
                            "on it would differ. model_fn must do the same on every replica.")

@@ -10,10 +10,10 @@ from tpuspec.errors import CaptureError
 from tpuspec.runtime.differences import differences
 from tpuspec.runtime.host_reads import told_read
 from tpuspec.runtime.number_plan import NumberPlan, told_difference
+from tpuspec.runtime.on_engine import OnEngine
 from tpuspec.runtime.program import Program, moved_numbers
 from tpuspec.runtime.python_state import Memory, Snapshot, changed
 from tpuspec.runtime.recording import Recording, Watch
-from tpuspec.runtime.runtimes import Runtime
 from tpuspec.runtime.signature import Signature, read_signature, told_change
 from tpuspec.runtime.slots import Slot
 from tpuspec.spec.backend import Replica
@@ -42,7 +42,7 @@ class KeptPrograms:
 
     Args:
       name: of the step in messages.
-      replica: the first one, which tells what changed.
+      replica: tells what changed.
       memory: of the step's Python code.
       runtime: has the programs' constants.
       mode: `require` raises where a step cannot be captured.
@@ -58,7 +58,7 @@ class KeptPrograms:
       seconds: that the newest trace took which compiled nothing.
     """
 
-    def __init__(self, name: str, replica: Replica, memory: Memory, runtime: Runtime, *, mode: CaptureMode,
+    def __init__(self, name: str, replica: Replica, memory: Memory, runtime: OnEngine, *, mode: CaptureMode,
                  audit_every: int) -> None:
         self._name, self._replica, self._memory, self._runtime = name, replica, memory, runtime
         self._mode, self._audit_every = mode, audit_every
@@ -107,7 +107,7 @@ class KeptPrograms:
         is_known = self.kept.get(key) and all(one != key for one, _ in self._traces)
         return Watch.device if is_known else Watch.all
 
-    def judge(self, key: Key, recordings: Sequence[Recording]) -> str:
+    def judge(self, key: Key, recording: Recording) -> str:
         """Audits a trusted program, trusts one that the trace equals, or makes a new one.
 
         Returns:
@@ -116,30 +116,30 @@ class KeptPrograms:
         Raises:
           CaptureError: the step is no longer what was captured, or `require` asks for a program that cannot be.
         """
-        if not self._keep_plan(key, recordings[0]):
+        if not self._keep_plan(key, recording):
             return "traced"
-        branch = (key, recordings[0].answers)
+        branch = (key, recording.answers)
         for program in self.trusted.get(key, ()):
             if program.recording.answers == branch[1]:
-                self._audit(branch, program, recordings[0])
+                self._audit(branch, program, recording)
                 return "replay"
-        if self._settings is None or recordings[0].is_watched:
+        if self._settings is None or recording.is_watched:
             self._settings = self._memory.settings()
         programs = self.kept.get(key, [])
-        if branch not in self._traces and not recordings[0].notes:
+        if branch not in self._traces and not recording.notes:
             for program in programs:
-                if not differences(program.recording, recordings[0], self._replica):
+                if not differences(program.recording, recording, self._replica):
                     programs.remove(program)
                     programs.append(program)  # the newest stay
                     was_replayed = program.num_replays or program.num_checked
                     self._trust(key, program)
                     return "replay" if was_replayed else "traced"
-        if programs and recordings[0].plan != self.plans[key[:3]][key[3]]:
+        if programs and recording.plan != self.plans[key[:3]][key[3]]:
             self.trusted.pop(key, None)  # the optimizers compute with other numbers from now on
             del self.kept[key]
-            self.plans[key[:3]][key[3]] = recordings[0].plan
-        if recordings[0].is_watched:
-            self._consider(branch, recordings)
+            self.plans[key[:3]][key[3]] = recording.plan
+        if recording.is_watched:
+            self._consider(branch, recording)
         else:
             self._traces[branch] = None  # the next ones are watched
         return "traced"
@@ -162,10 +162,10 @@ class KeptPrograms:
         self._num_traces = 0
         self._changes.pop(key[0], None)
 
-    def _consider(self, branch: _Branch, recordings: Sequence[Recording]) -> None:
+    def _consider(self, branch: _Branch, newest: Recording) -> None:
         """Makes a program of a step whose two newest traces are equal; gives up after too many that are not."""
         key, answers = branch
-        newest, previous = recordings[0], self._traces.get(branch)
+        previous = self._traces.get(branch)
         # What user code did between the two is no reason to give up.
         if branch in self._crossed and (previous is None or previous.notes or differences(
                 previous, newest, self._replica)):
@@ -192,8 +192,7 @@ class KeptPrograms:
         if previous is not None:
             reasons += [] if previous.notes else differences(previous, newest, self._replica)
             if not reasons and not previous.notes:
-                constants = [self._runtime.take(recording.constants) for recording in recordings]
-                program = Program.of(recordings, constants, previous, self.numbers)
+                program = Program.of(newest, self._runtime.take(newest.constants), previous, self.numbers)
                 self._keep(key, program)
                 self._traces = {one: trace for one, trace in self._traces.items() if one[0] != key}
                 self._trust(key, program)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -136,6 +136,13 @@ class NativeBackend:
         """Each process has one replica, whose buffers the session keeps."""
         return contextlib.nullcontext()
 
+    def statistics(self) -> dict[str, Tensor]:
+        """There is one replica in a process."""
+        return {}
+
+    def set_statistics(self, replica: Replica, statistics: Mapping[str, Tensor]) -> None:
+        """There is one replica in a process."""
+
     def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
         """Returns the sums of values and of sizes of the parameters."""
         return self.fetch([checksums(replica.model) for replica in replicas if replica.model is not None])
@@ -147,6 +154,10 @@ class NativeBackend:
             sum_gradients(parameters, self._group.collectives.all_reduce,
                           scale=1 / self._group.num_hosts if reduction == "mean" else 1.0)
         optimizer.step()
+
+    def constrain(self, tensor: Tensor, axes: Sequence[Any]) -> Tensor:
+        """Returns the tensor: there is no mesh."""
+        return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Returns the tensor over all replicas along axis 0."""

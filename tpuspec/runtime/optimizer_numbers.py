@@ -28,51 +28,48 @@ def is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class OptimizerNumbers:
-    """The numbers of all replicas' optimizers over many steps.
-
-    The first replica's optimizers have the schedules; the others follow.
+    """The numbers of a replica's optimizers over many steps.
 
     Args:
-      replicas: the local replicas, equal in state.
+      replica: has the optimizers.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self._replicas, self._first = replicas, replicas[0]
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
         self._values: dict[Leaf, Any] = {}
         self._members: dict[Leaf, list[Place]] = {}
         self._moved: set[Leaf] = set()
         self._next: tuple[NumberPlan, list[Any], list[Any]] | None = None
-        self._sent: dict[tuple[int, int], tuple[NumberPlan, list[Any], list[Any]]] = {}
+        self._sent: dict[int, tuple[NumberPlan, list[Any], list[Any]]] = {}
         self._tracing: NumbersOfStep | None = None
 
     def settle(self) -> None:
         """Puts the optimizers' numbers where a step looks for them: torch keeps some on the device, as on a GPU."""
-        for replica in self._replicas:
-            for optimizer in replica.optimizers.values():
-                bring_home(optimizer)
+        for optimizer in self._replica.optimizers.values():
+            bring_home(optimizer)
 
     def others(self) -> list[Any]:
         """Returns what else a schedule may move: hyper-parameters that are no numbers."""
-        return [value for optimizer in self._first.optimizers.values() if is_scheduled(optimizer)
+        return [value for optimizer in self._replica.optimizers.values() if is_scheduled(optimizer)
                 for group in optimizer.param_groups for key, value in group.items()
                 if key != "params" and not is_number(value) and not isinstance(value, Tensor)]
 
     @contextlib.contextmanager
-    def in_place(self, replica: Replica, *, watch: bool = False) -> Iterator[NumbersOfStep]:
-        """Makes the numbers of a replica's optimizers traced ones in their steps, within the block."""
-        numbers = self._tracing = NumbersOfStep(replica, watch=watch)
+    def in_place(self, *, watch: bool = False) -> Iterator[NumbersOfStep]:
+        """Makes the numbers of the optimizers traced ones in their steps, within the block."""
+        numbers = self._tracing = NumbersOfStep(self._replica, watch=watch)
         handles = []
-        for name, optimizer in replica.optimizers.items():
+        for name, optimizer in self._replica.optimizers.items():
             def begin(optimizer: torch.optim.Optimizer, args: object, kwargs: object, name: str = name) -> None:
                 numbers.take_rates_back()
                 numbers.enter(name, optimizer)
 
             def end(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
                 if numbers.leave():
-                    self._lend(replica)
+                    self._lend()
 
             handles += [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
-        self._lend(replica)
+        self._lend()
         try:
             with averages_on_device():
                 yield numbers
@@ -83,18 +80,17 @@ class OptimizerNumbers:
             for handle in handles:
                 handle.remove()
 
-    def _lend(self, replica: Replica) -> None:
-        """The first replica's optimizers have the schedules."""
+    def _lend(self) -> None:
         assert self._tracing is not None
-        for name, optimizer in replica.optimizers.items():
-            if name in self._first.optimizers and is_scheduled(self._first.optimizers[name]):
+        for name, optimizer in self._replica.optimizers.items():
+            if is_scheduled(optimizer):
                 self._tracing.lend_rates(name, optimizer)
 
     def adopt(self) -> tuple[Any, ...]:
         """Reads the numbers; returns which of them have one name."""
         self._values, self._members, leaves = {}, {}, Leaves()
         self._moved.clear()
-        for name, optimizer in self._first.optimizers.items():
+        for name, optimizer in self._replica.optimizers.items():
             for held in held_by(name, optimizer):
                 if held.place[0] != "group":
                     number = held.number
@@ -119,14 +115,13 @@ class OptimizerNumbers:
         """Whether some numbers are, in the prepared step, what they were."""
         return all(is_same(self._values.get(leaf), value) for leaf, value in known.items())
 
-    def sent(self, replica: Replica, send: Callable[[Sequence[Tensor]], list[Any]]) -> list[Any]:
-        """Returns the inputs of the prepared step on a replica's device; sent anew where one changed."""
+    def sent(self, send: Callable[[Sequence[Tensor]], list[Any]]) -> list[Any]:
+        """Returns the inputs of the prepared step; sent anew where one changed."""
         assert self._next is not None
         plan, numbers, _ = self._next
-        key = (replica.ordinal, id(plan))
-        kept = self._sent.get(key)
+        kept = self._sent.get(id(plan))
         if kept is None:
-            kept = self._sent[key] = (plan, [None] * len(numbers), [None] * len(numbers))
+            kept = self._sent[id(plan)] = (plan, [None] * len(numbers), [None] * len(numbers))
         _, old, tensors = kept
         if changed := [i for i, number in enumerate(numbers) if number != old[i]]:
             fresh = send([torch.tensor(numbers[i], dtype=plan.dtypes[i]) for i in changed])
@@ -155,30 +150,28 @@ class OptimizerNumbers:
             self._values[leaf] = value
             self._moved.add(leaf)
             if leaf[0] == "group":  # schedules read it
-                for replica in self._replicas:
-                    self._held_of(replica, leaf).put(value)
+                self._held_of(leaf).put(value)
 
     def publish(self) -> None:
         """Puts the numbers where torch and users read them."""
-        for replica in self._replicas:
-            parameters = {name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                          for name, optimizer in replica.optimizers.items()}
-            for leaf in self._moved:
-                for kind, name, index, key, _ in self._members.get(leaf, ()):
-                    optimizer = replica.optimizers[name]
-                    holder: Any = vars(optimizer) if kind == "attribute" else optimizer.state
-                    if kind == "state":
-                        holder = optimizer.state[parameters[name][index]]
-                    Held((kind, name, index, key, -1), holder, None).put(self._values[leaf])
+        parameters = {name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                      for name, optimizer in self._replica.optimizers.items()}
+        for leaf in self._moved:
+            for kind, name, index, key, _ in self._members.get(leaf, ()):
+                optimizer = self._replica.optimizers[name]
+                holder: Any = vars(optimizer) if kind == "attribute" else optimizer.state
+                if kind == "state":
+                    holder = optimizer.state[parameters[name][index]]
+                Held((kind, name, index, key, -1), holder, None).put(self._values[leaf])
         self._moved.clear()
 
     def _read_group(self, leaf: Leaf) -> Any:
         _, name, number, key, index = leaf
-        group = self._first.optimizers[name].param_groups[number]
+        group = self._replica.optimizers[name].param_groups[number]
         value = group.get(key)
         if index >= 0:
             value = value[index] if type(value) in (tuple, list) and len(value) > index else None
         return value.item() if isinstance(value, Tensor) else value
 
-    def _held_of(self, replica: Replica, place: Any) -> Held:
-        return Held(place, replica.optimizers[place[1]].param_groups[place[2]], None)
+    def _held_of(self, place: Any) -> Held:
+        return Held(place, self._replica.optimizers[place[1]].param_groups[place[2]], None)

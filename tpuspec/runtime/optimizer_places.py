@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpuspec.errors import CaptureError
 from tpuspec.runtime.traced_numbers import Leaf, TracedFloat, TracedInt
 from tpuspec.spec.backend import Replica
 
@@ -47,33 +46,6 @@ class Held:
                 there.fill_(value)
         else:
             self.holder[key] = value
-
-
-def follow(replica: Replica, first: Replica) -> None:
-    """Gives a replica what user code set on the first one: modes of modules, frozen parameters, groups, their numbers.
-
-    Raises:
-      CaptureError: a new group has a parameter that is none of the model's.
-    """
-    names: dict[Tensor, str] = {}
-    if replica.model is not None and first.model is not None:
-        for part, own in zip(first.model.modules(), replica.model.modules(), strict=False):
-            own.training = part.training
-        for (name, parameter), own in zip(first.model.named_parameters(), replica.model.parameters(), strict=False):
-            names[parameter] = name
-            if own.requires_grad != parameter.requires_grad:
-                own.requires_grad_(parameter.requires_grad)
-    for name, optimizer in replica.optimizers.items():
-        groups = first.optimizers[name].param_groups
-        for group in groups[len(optimizer.param_groups):]:
-            if replica.model is None or any(parameter not in names for parameter in group["params"]):
-                raise CaptureError(f"a hook added a group to {type(optimizer).__name__} with a parameter that is not "
-                                   "of the model, so that the other replicas have none like it. Make it in model().")
-            optimizer.add_param_group({
-                **group, "params": [replica.model.get_parameter(names[parameter]) for parameter in group["params"]]})
-        for own, group in zip(optimizer.param_groups, groups, strict=False):
-            own.update({key: value for key, value in group.items()
-                        if key != "params" and not isinstance(value, Tensor)})
 
 
 def _is_held(value: Any) -> bool:

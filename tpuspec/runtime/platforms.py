@@ -20,10 +20,15 @@ def is_started() -> bool:
     return torch_xla is not None and torch_xla._XLAC._xla_runtime_is_initialized()
 
 
-def make_cpu_devices(num_devices: int) -> None:
-    """Asks the XLA client of this process, which has not started, for that many CPU devices."""
-    if num_devices > 1:
-        os.environ.setdefault("CPU_NUM_DEVICES", str(num_devices))
+def make_cpu_devices(num_devices: int, *, in_all: int) -> None:
+    """Asks the XLA client of this process, which has not started, for that many CPU devices.
+
+    Args:
+      num_devices: of this process.
+      in_all: of all processes, which compute together.
+    """
+    if in_all > 1:
+        os.environ.setdefault("CPU_NUM_DEVICES", str(max(num_devices, 1)))
         # Each device's part of a collective waits in a thread of its own: a pool as small as the machine would hang.
         for name, threads in {"XLA_THREAD_POOL_SIZE": 64, "NPROC": 32, "PJRT_NPROC": 32}.items():
             os.environ.setdefault(name, str(threads))
@@ -71,7 +76,7 @@ def _find_platform() -> tuple[str, str]:
 
 
 def is_pod(platform: str) -> bool:
-    """Whether this host is one of several of a TPU pod, whose devices torch_xla's own runtime joins."""
+    """Whether this host is one of several of a TPU pod."""
     if platform != "TPU":
         return False
     from torch_xla._internal import tpu

@@ -1,13 +1,11 @@
-"""Joins the hosts of a TPU pod: they find one another over their devices, and meet over their network."""
+"""Lets the hosts of a TPU pod, which have joined over their devices, meet over their network as well."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,87 +13,40 @@ import torch.distributed as dist
 
 from tpuspec.errors import DeviceError
 from tpuspec.runtime.environment import parse_port
-from tpuspec.runtime.process_group import JOIN_SECONDS, connect
-from tpuspec.spec.coordinator import Coordinator
-
-Meet = Callable[[Sequence[bytes]], Sequence[bytes]]
-"""meet(a message of each local device) -> the messages of all devices of all hosts, in the order of collectives."""
-
-_met: list[Pod] = []
+from tpuspec.runtime.process_group import JOIN_SECONDS, NetworkCoordinator, connect, joined
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pod:
-    """Hosts that have met.
+def meet(tell_all: Callable[[bytes], bytes], *, host_index: int, num_hosts: int, heartbeat_seconds: float,
+         ) -> NetworkCoordinator:
+    """Joins the pod's other hosts, or returns the group that this process is in already.
 
-    Attributes:
-      coordinator: what they decide together.
-      order: for each replica, host by host, its place among all devices as collectives order them; the devices of a
-        host need not be neighbours there.
-    """
-
-    coordinator: Coordinator
-    order: tuple[int, ...]
-
-
-def join_pod(meet: Meet, *, host_index: int, num_devices: int, heartbeat_seconds: float) -> Pod:
-    """Joins the pod's other hosts, or returns the pod that this process is in already.
-
-    The devices carry one message each, once: which host they belong to, and where the first host is reached. From then
-    on the hosts use their network, which needs no device, and tells when a host has failed. Where the first host has
-    MASTER_ADDR and MASTER_PORT, those say where it is reached.
+    The devices carry one message, once: where the first host is reached. From then on the hosts use their network,
+    which needs no device, and tells when a host has failed. Where the first host has MASTER_ADDR and MASTER_PORT, those
+    say where it is reached.
 
     Args:
-      meet: brings the messages of all devices together.
+      tell_all: returns the first host's message on every host.
       host_index: this host, 0 for the chief.
-      num_devices: of this host; all have the same number.
+      num_hosts: all of them.
       heartbeat_seconds: silence after which a host has failed.
 
     Raises:
       ConfigError: MASTER_PORT is no port.
-      DeviceError: the hosts are not what they should be, or cannot reach one another.
+      DeviceError: the hosts cannot reach one another.
     """
-    if _met:
-        return _met[0]
+    if (group := joined()) is not None:
+        return group
     store, address = _open_store() if host_index == 0 else (None, None)
-    messages = meet([json.dumps([host_index, number, address]).encode() for number in range(num_devices)])
-    told = [json.loads(message) for message in messages]
-    order = replica_order([(host, number) for host, number, _ in told])
-    num_hosts = len(told) // num_devices
-    chief = next(address for host, _, address in told if host == 0)
+    host, port = json.loads(tell_all(json.dumps(address).encode()))
     if store is None:
         try:
-            store = dist.TCPStore(*chief, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
         except (RuntimeError, ValueError) as error:
             raise DeviceError(
-                f"host {host_index} of {num_hosts} cannot reach the first one at {chief[0]}:{chief[1]}: "
+                f"host {host_index} of {num_hosts} cannot reach the first one at {host}:{port}: "
                 f"{str(error).splitlines()[0]}. Open that port between the hosts, or set MASTER_ADDR and MASTER_PORT "
                 "on the first one to where the others reach it.") from error
-    pod = Pod(order=order, coordinator=connect(
-        store, host_index, num_hosts, address=(chief[0], chief[1]), heartbeat_seconds=heartbeat_seconds))
-    _met.append(pod)
-    return pod
-
-
-def replica_order(owners: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Returns for each replica, host by host, its place among all devices.
-
-    Args:
-      owners: (host, number on that host) of each device.
-
-    Raises:
-      DeviceError: hosts have different numbers of devices, or do not number them 0, 1, 2 ...
-    """
-    devices: dict[int, list[int]] = defaultdict(list)
-    for host, number in sorted(owners):
-        devices[host].append(number)
-    size = len(owners) // len(devices)
-    if sorted(devices) != list(range(len(devices))) or any(
-            numbers != list(range(size)) for numbers in devices.values()):
-        found = {host: len(numbers) for host, numbers in sorted(devices.items())}
-        raise DeviceError(f"every host of a pod must bring the same number of devices; got, by host, {found}.")
-    place = {owner: i for i, owner in enumerate(owners)}
-    return tuple(place[owner] for owner in sorted(owners))
+    return connect(store, host_index, num_hosts, address=(host, port), heartbeat_seconds=heartbeat_seconds)
 
 
 def _open_store() -> tuple[Any, tuple[str, int]]:

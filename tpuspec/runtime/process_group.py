@@ -45,6 +45,11 @@ class NetworkCoordinator:
         self._store = store
         self._num_barriers: dict[str, int] = {}
 
+    @property
+    def own_address(self) -> str:
+        """By which the others reach this host."""
+        return self._health.own_address
+
     def exchange(self, value: Any, *, name: str) -> list[Any]:
         return self.collectives.exchange(value, name)
 

@@ -11,32 +11,32 @@ import torch
 from tpuspec.runtime import graph
 from tpuspec.runtime.guards import Guard
 from tpuspec.runtime.number_plan import NumberPlan
+from tpuspec.runtime.on_engine import CompiledGraph
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.recording import Recording
 from tpuspec.runtime.replica_state import ReplicaState
-from tpuspec.runtime.runtimes import CompiledGraph, OnEngine, Runtime
-from tpuspec.runtime.slots import Slot, is_own
-from tpuspec.runtime.sources import is_own_source
+from tpuspec.runtime.sent_batch import SentBatch
+from tpuspec.runtime.slots import Slot
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.engine import Engine, Run
-from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.spec.results import StepOutput
 
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """A captured step, ready to be replayed on every replica.
+    """A captured step, ready to be replayed.
 
     Attributes:
       compiled: its graph; None where there is nothing to compute.
-      templates: for each replica the graph's inputs, with its constants in their places.
+      template: the graph's inputs, with its constants in their places.
       slots, batch, numbers: (place among the inputs, number of the slot, batch tensor or optimizers' number).
       seed: (place, draws before) of the random seeds.
       written: numbers of the slots that the first outputs are.
       dropped: numbers of the gradients that are gone afterwards.
       sources: (from the batch, number) of each tensor for the host.
-      guards: for each replica what the step read from the device.
-      outputs: for each replica the output of the trace, whose functions and form stay.
-      recording: the first replica's, to hold later traces against.
+      guards: what the step read from the device.
+      output: of the trace, whose functions and form stay.
+      recording: to hold later traces against.
       known: numbers of optimizers that were the same in both traces: whether the graph follows them is not known.
       num_replays: since the last audit.
       num_checked: replays before the last trace that it was held against.
@@ -44,7 +44,7 @@ class Program:
     """
 
     compiled: CompiledGraph | None
-    templates: list[list[Any]]
+    template: list[Any]
     slots: list[tuple[int, int]]
     batch: list[tuple[int, int]]
     numbers: list[tuple[int, int]]
@@ -52,8 +52,8 @@ class Program:
     written: list[int]
     dropped: list[int]
     sources: list[tuple[bool, int]]
-    guards: list[list[Guard]]
-    outputs: list[StepOutput]
+    guards: list[Guard]
+    output: StepOutput
     recording: Recording
     known: dict[Leaf, Any]
     num_replays: int = 0
@@ -62,68 +62,54 @@ class Program:
     _loop: tuple[Loop | None] | None = None
 
     @classmethod
-    def of(cls, recordings: Sequence[Recording], constants: Sequence[Sequence[Any]], previous: Recording,
-           numbers: dict[Slot, int]) -> Self:
+    def of(cls, recording: Recording, constants: Sequence[Any], previous: Recording, numbers: dict[Slot, int]) -> Self:
         """Makes a program of a step's trace.
 
         Args:
-          recordings: of each replica.
-          constants: of each, as inputs.
-          previous: an equal one of the first replica.
+          recording: the trace.
+          constants: of its graph, as inputs.
+          previous: an equal one.
           numbers: of the slots; new ones are added.
         """
-        first = recordings[0]
-        for slot in first.slots:
+        for slot in recording.slots:
             numbers.setdefault(slot, len(numbers))
         places: dict[str, list[tuple[int, Any]]] = {}
-        for place, source in enumerate(first.inputs):
+        for place, source in enumerate(recording.inputs):
             places.setdefault(source.kind, []).append((place, source.key))
-        templates = []
-        for recording, of_recording in zip(recordings, constants, strict=True):
-            template: list[Any] = [None] * len(recording.inputs)
-            for place, number in places.get("constant", []):
-                template[place] = of_recording[number]
-            templates.append(template)
+        template: list[Any] = [None] * len(recording.inputs)
+        for place, number in places.get("constant", []):
+            template[place] = constants[number]
         return cls(
-            compiled=first.compiled, templates=templates,
+            compiled=recording.compiled, template=template,
             slots=[(place, numbers[slot]) for place, slot in places.get("slot", [])],
             batch=places.get("batch", []), numbers=places.get("number", []),
             seed=places.get("seed", []),
-            written=[numbers[slot] for slot in first.written],
-            dropped=[numbers[slot] for slot in first.dropped if slot in numbers],
-            sources=[(source.kind == "batch", source.key) for source in first.sources],
-            guards=[recording.guards for recording in recordings],
-            outputs=[recording.output for recording in recordings], recording=first,
-            known={leaf: value for leaf, value in first.leaves.items()
-                   if leaf not in moved_numbers(previous.leaves, first)})
+            written=[numbers[slot] for slot in recording.written],
+            dropped=[numbers[slot] for slot in recording.dropped if slot in numbers],
+            sources=[(source.kind == "batch", source.key) for source in recording.sources],
+            guards=recording.guards, output=recording.output, recording=recording,
+            known={leaf: value for leaf, value in recording.leaves.items()
+                   if leaf not in moved_numbers(previous.leaves, recording)})
 
-    def may_run(self, states: Sequence[ReplicaState], batches: Sequence[Batch], numbers: Mapping[Slot, int]) -> bool:
+    def may_run(self, state: ReplicaState, batch: SentBatch, numbers: Mapping[Slot, int]) -> bool:
         """Whether the step would read what the program's trace read; waits for the device where it read anything."""
-        if not self.guards[0]:
+        if not self.guards:
             return True
-        try:
-            return all(self._holds(*of_one, numbers) for of_one in zip(states, self.guards, batches, strict=True))
-        finally:
-            graph.use_device(states[0].device)
-
-    def _holds(self, state: ReplicaState, guards: Sequence[Guard], batch: Batch, numbers: Mapping[Slot, int]) -> bool:
-        graph.use_device(state.device)
         values: dict[str, Callable[[Any], Any]] = {
             "slot": lambda slot: state.values[numbers[slot]],
-            "batch": lambda number: state.runtime.of_batch(batch)[number],
+            "batch": lambda number: batch.arrays[number],
             "seed": lambda num_draws: _seed_value(state, num_draws)}
-        return all(guard.holds(values) for guard in guards)
+        return all(guard.holds(values) for guard in self.guards)
 
-    def feed(self, ordinal: int, state: ReplicaState, batch: Sequence[Any], of_optimizers: OptimizerNumbers,
-             ) -> list[Any]:
-        """Returns the inputs of a replica's next step."""
-        values, feed = state.values, self.templates[ordinal].copy()
+    def feed(self, state: ReplicaState, batch: Sequence[Any], of_optimizers: OptimizerNumbers) -> list[Any]:
+        """Returns the inputs of the next step."""
+        values, feed = state.values, self.template.copy()
         for place, number in self.slots:
             feed[place] = values[number]
         for place, number in self.batch:
             feed[place] = batch[number]
         if self.numbers:
-            numbers = of_optimizers.sent(state.replica, state.put)
+            numbers = of_optimizers.sent(state.runtime.engine.put)
             for place, number in self.numbers:
                 feed[place] = numbers[number]
         for place, num_draws in self.seed:
@@ -135,24 +121,21 @@ class Program:
         """Whether it is not known that its steps had better run one at a time."""
         return self._loop != (None,)
 
-    def loop(self, num_steps: int, runtime: Runtime) -> Loop | None:
+    def loop(self, num_steps: int, engine: Engine) -> Loop | None:
         """Compiles a loop of so many steps, at the first call; returns None where they had better run one at a time."""
         if self._loop is None:
             places = {number: place for place, number in self.slots}
             moves_groups = any(leaf[0] == "group" for leaf, _ in self.recording.plan.moves)
             loop = None
-            if isinstance(runtime, OnEngine) and self.compiled and places.keys() >= set(self.written) and not (
-                    self.guards[0] or self.dropped or moves_groups):
+            if self.compiled and places.keys() >= set(self.written) and not (
+                    self.guards or self.dropped or moves_groups):
                 of_each = [place for place, _ in (*self.batch, *self.numbers, *self.seed)]
-                made = [is_own(slot) for slot in self.recording.written]
-                num_made = len(made) + len({source.key for source in self.recording.sources if source.kind == "graph"})
-                run = runtime.engine.compile_loop(
+                run = engine.compile_loop(
                     self.compiled.program, num_steps,
                     [(places[number], output) for output, number in enumerate(self.written)], of_each,
-                    [is_own_source(source) for source in self.recording.inputs],
-                    made + [True] * (num_made - len(made)))
+                    self.recording.given, self.recording.made)
                 if run is not None:
-                    loop = Loop(program=self, run=run, engine=runtime.engine)
+                    loop = Loop(program=self, run=run, engine=engine)
             self._loop = (loop,)
         return self._loop[0]
 
@@ -181,14 +164,14 @@ class Loop:
           numbers: for each step the plan and the numbers of its optimizers.
         """
         program, stack = self.program, self.engine.stack
-        feed = program.templates[0].copy()
+        feed = program.template.copy()
         for place, number in program.slots:
             feed[place] = state.values[number]
         for place, number in program.batch:
             feed[place] = stack([batch[number] for batch in batches])
         columns = [torch.tensor([of_step[number] for _, of_step in numbers], dtype=numbers[0][0].dtypes[number])
                    for _, number in program.numbers]
-        for (place, _), column in zip(program.numbers, state.put(columns), strict=True):
+        for (place, _), column in zip(program.numbers, self.engine.put(columns), strict=True):
             feed[place] = column
         seeds: list[list[Any]] = [[] for _ in program.seed]
         for _ in batches:
@@ -204,7 +187,7 @@ def _seed_value(state: ReplicaState, num_draws: int) -> Any:
     seed = state.seed
     for _ in range(num_draws):
         seed = graph.seed_after_draw(seed)
-    return state.runtime.seed(seed, state.device)
+    return state.runtime.seed(seed)
 
 
 def moved_numbers(leaves: Mapping[Leaf, Any], recording: Recording) -> list[Leaf]:

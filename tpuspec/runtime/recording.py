@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +18,20 @@ from torch import Tensor, nn
 from tpuspec.runtime import graph
 from tpuspec.runtime.guards import Guard, GuardedReads, InputsOf
 from tpuspec.runtime.host_reads import HostReads, told_read
+from tpuspec.runtime.layouts import of_sources
 from tpuspec.runtime.number_plan import NumberPlan
+from tpuspec.runtime.on_engine import CompiledGraph, OnEngine
 from tpuspec.runtime.optimizer_numbers import OptimizerNumbers
 from tpuspec.runtime.optimizer_places import read_numbers
 from tpuspec.runtime.python_state import Memory, changed
-from tpuspec.runtime.runtimes import CompiledGraph, Runtime
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, is_own, module_tensors, read_slots
-from tpuspec.runtime.sources import Source, Sources, is_own_source
+from tpuspec.runtime.sent_batch import SentBatch
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, module_tensors, read_slots
+from tpuspec.runtime.sources import Source, Sources
 from tpuspec.runtime.traced_numbers import Leaf
 from tpuspec.spec.backend import Replica, StepFunction
+from tpuspec.spec.engine import Layout
 from tpuspec.spec.instances import instances_of
-from tpuspec.spec.results import Batch, StepOutput, flat_tensors, rebuild
+from tpuspec.spec.results import StepOutput, flat_tensors, rebuild
 from tpuspec.spec.user_threads import USER_THREADS
 
 _MAX_ORDERS = 10
@@ -58,6 +62,7 @@ class Recording:
       is_doubtful: whether the only reason may be the doing of another thread.
       is_watched: whether the step's Python code was watched.
       has_read: whether it reads the device.
+      given, made: layouts of the inputs and of the roots.
       compiled: the graph; None before it is compiled, and where there is nothing to compute.
     """
 
@@ -80,6 +85,8 @@ class Recording:
     is_doubtful: bool = False
     is_watched: bool = False
     has_read: bool = False
+    given: list[Layout] = field(default_factory=list)
+    made: list[Layout] = field(default_factory=list)
     compiled: CompiledGraph | None = None
 
     @property
@@ -139,7 +146,6 @@ class Before:
             held.put(number)
         graph.forget_pending(str(self._replica.device))
         for slot, tensor in self.slots.items():
-            graph.donate([self.inner[slot]], donated=False)
             graph.publish(tensor, self.inner[slot])
 
 
@@ -168,8 +174,8 @@ class Watch(enum.Enum):
     all = 2
 
 
-def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, *, before: Before,
-           numbers: OptimizerNumbers, memory: Memory, runtime: Runtime, inputs_of: InputsOf, watch: Watch,
+def record(replica: Replica, step: StepFunction, batch: SentBatch, micro_step: int, *, before: Before,
+           numbers: OptimizerNumbers, memory: Memory, runtime: OnEngine, inputs_of: InputsOf, watch: Watch,
            locate: bool = False, is_alone: bool = True) -> Recording:
     """Traces a step, which runs nothing, and says what its graph is made of; `compile_recording` comes next.
 
@@ -195,12 +201,12 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
     remembered = memory.all() if is_watched else {}
     reads = HostReads(locate=locate)
     try:
-        with (reads, numbers.in_place(replica, watch=True) as of_step, graph.scalars_shared(),
+        with (reads, numbers.in_place(watch=True) as of_step, graph.scalars_shared(),
               memory.watching() if is_watched else contextlib.nullcontext()):
             sources = Sources(before.handles, before.numbers, batch.tensors(), seed, of_step.ops.handles)
-            guards = GuardedReads(sources.of, reads, runtime, inputs_of, is_alone=is_alone)
+            guards = GuardedReads(sources.of, reads, runtime, inputs_of, batch.layouts, is_alone=is_alone)
             with guards.noted():
-                output = step(replica, batch, micro_step)
+                output = step(replica, batch, micro_step)  # type: ignore[arg-type]  # a Batch in all but name
     finally:
         graph.allow_execution(True)
     # One of the host's own becomes a constant of the graph.
@@ -224,7 +230,13 @@ def record(replica: Replica, step: StepFunction, batch: Batch, micro_step: int, 
             whose = " (or a host function, or the input on its own thread)" if recording.is_doubtful else ""
             recording.notes.append(f"it{whose} changes what Python code remembers: " + "; ".join(moved[:3])
                                    + ". Side effects belong in host_call, counters in global_step or in a buffer")
-    _wire(recording, before, sources, device, runtime, watch=watch is not Watch.nothing)
+    _wire(recording, before, sources, device, watch=watch is not Watch.nothing,
+          batch=sources.batch if runtime.engine.batches_are_outputs else {})
+    layouts = runtime.layouts
+    recording.given = of_sources(layouts, recording.inputs, recording.values, batch.layouts)
+    num_written = len(recording.written)
+    recording.made = layouts.of_slots(recording.written, recording.roots[:num_written]) + (
+        [layouts.of_output] * (len(recording.roots) - num_written))
     return recording
 
 
@@ -235,8 +247,8 @@ def _detach_kept(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, graph.computed(tensor))
 
 
-def _wire(recording: Recording, before: Before, sources: Sources, device: str, runtime: Runtime, *, watch: bool,
-          ) -> None:
+def _wire(recording: Recording, before: Before, sources: Sources, device: str, *, watch: bool,
+          batch: Mapping[int, Source]) -> None:
     after = recording.slots
     recording.created = [slot for slot in after if slot not in before.slots]
     recording.dropped = [slot for slot in before.slots if slot not in after]
@@ -256,11 +268,11 @@ def _wire(recording: Recording, before: Before, sources: Sources, device: str, r
     waiting = graph.pending(recording.tensors)
     for number, (tensor, is_pending) in enumerate(zip(recording.tensors, waiting, strict=True)):
         if not is_pending:
-            source = sources.batch.get(graph.tensor_id(tensor))
+            source = batch.get(graph.tensor_id(tensor))
             if source is not None:
                 recording.sources.append(source)
                 continue
-            # Of the state, whose buffer the next step writes, or a constant of Python's.
+            # Of the state, whose buffer the next step writes, a constant of Python's, or rows that lie elsewhere.
             tensor = recording.tensors[number] = graph.computed(tensor)
         elif graph.tensor_id(tensor) in of_state:  # the next step writes its buffer
             tensor = recording.tensors[number] = graph.computed(tensor)
@@ -269,8 +281,6 @@ def _wire(recording: Recording, before: Before, sources: Sources, device: str, r
             recording.roots.append(tensor)
         recording.sources.append(Source("graph", place))
     _keep_hidden(recording, before, device, watch=watch)
-    runtime.donate([before.inner[slot] for slot in recording.written if slot in before.inner])
-
     for found, source in _find_inputs(recording, sources.of):
         if source is None:
             source = Source("constant", len(recording.constants))
@@ -291,7 +301,6 @@ def _find_inputs(recording: Recording, known: Callable[[graph.GraphInput], Sourc
     if not recording.roots:
         return []
     inputs = graph.graph_inputs(recording.roots)
-    # By their buffers from here on: under SPMD an input that was asked for once is named by another tensor.
     sources = {found.handle: known(found) for found in inputs}
     for _ in range(_MAX_ORDERS):
         places = {sources[found.handle]: place for place, found in enumerate(inputs)}
@@ -340,25 +349,24 @@ def _is_on(tensor: Tensor, device: str) -> bool:
         return False
 
 
-def compile_recording(recording: Recording, device: str, runtime: Runtime) -> None:
+def compile_recording(recording: Recording, device: str, runtime: OnEngine) -> None:
     """Compiles a recording's graph unless it is known; afterwards its pending tensors hold no value until it is run."""
-    if recording.roots:
+    if recording.roots and recording.has_read:  # it goes on where it read: on torch_xla's own runtime
+        key = graph.compile_graph(recording.roots)
+        recording.compiled = CompiledGraph(key, functools.partial(graph.run, key))
+    elif recording.roots:
         written = set(recording.written)
         donated = [place for place, source in enumerate(recording.inputs)
                    if source.kind == "slot" and source.key in written]
-        made = [is_own(slot) for slot in recording.written]
-        recording.compiled = runtime.compile(
-            recording.roots, donated, [is_own_source(source) for source in recording.inputs],
-            made + [True] * (len(recording.roots) - len(made)))
+        recording.compiled = runtime.compile(recording.roots, donated, recording.given, recording.made, len(written))
     graph.forget_pending(device)
 
 
 @contextlib.contextmanager
-def undone_on_error(befores: Sequence[Before]) -> Iterator[None]:
-    """Puts the state of every replica back where the block raises."""
+def undone_on_error(before: Before) -> Iterator[None]:
+    """Puts the state back where the block raises."""
     try:
         yield
     except BaseException:
-        for before in befores:
-            before.restore()
+        before.restore()
         raise

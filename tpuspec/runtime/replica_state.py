@@ -11,94 +11,14 @@ from torch import Tensor
 
 from tpuspec.runtime import graph
 from tpuspec.runtime.guards import InputsOf
+from tpuspec.runtime.layouts import of_sources
+from tpuspec.runtime.on_engine import OnEngine
 from tpuspec.runtime.recording import Before, Recording
-from tpuspec.runtime.runtimes import OnEngine, Runtime
-from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, is_own, read_slots
-from tpuspec.runtime.sources import Source, is_own_source
+from tpuspec.runtime.sent_batch import SentBatch
+from tpuspec.runtime.slots import GRADIENT, Slot, gradient_owners, read_slots
+from tpuspec.runtime.sources import Source
 from tpuspec.spec.backend import CompiledStep, Replica
-from tpuspec.spec.results import Batch
-
-
-class ReplicaState:
-    """One replica's state while its steps are replayed on torch_xla's own runtime.
-
-    Attributes:
-      replica: the replica.
-      runtime: runs its programs.
-      num_replicas: that compute together, over all processes.
-      values: number of a slot -> its newest value.
-      seed: of the next step.
-      holder: the step that has it, to be told where another step goes on from it.
-      is_apart: whether programs have the state in arrays of their own, and the modules copies of it.
-    """
-
-    holder: CompiledStep | None = None
-    is_apart = False
-
-    def __init__(self, replica: Replica, runtime: Runtime, num_replicas: int) -> None:
-        self.replica, self.runtime, self.num_replicas = replica, runtime, num_replicas
-        self.device = str(replica.device)
-        self.values: list[Any] = []
-        self.seed = 0
-        self._tensors: dict[Slot, Tensor] = {}
-
-    def note(self, before: Before) -> None:
-        """Takes note of which tensors a trace starts from."""
-
-    def inputs_of(self, before: Before, batch: Batch) -> InputsOf:
-        """Returns a function from the sources of a graph's inputs, and their values in a trace, to its inputs."""
-        return lambda sources, values: list(values)
-
-    def put(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Returns inputs of programs of the values of host tensors."""
-        return self.runtime.put(tensors, self.device)
-
-    def adopt(self, numbers: dict[Slot, int]) -> None:
-        """Takes the state over from module and optimizers."""
-        before = Before(self.replica, is_traced=False)
-        self._tensors = before.slots
-        for slot in before.slots:
-            numbers.setdefault(slot, len(numbers))
-        self.values = [None] * len(numbers)
-        for slot, value in before.inner.items():
-            self.values[numbers[slot]] = value
-        self.seed = graph.get_seed(self.device)
-
-    def leave_module(self) -> None:
-        """Called before a program writes the state: what module and optimizers hold is old from then on."""
-
-    def launch(self, recording: Recording, before: Before, batch: Batch) -> list[Any]:
-        """Runs a compiled recording on the values of its very step, and returns the graph's outputs."""
-        results = list(recording.compiled.run(recording.values)) if recording.compiled else []
-        for root, value in zip(recording.roots, results, strict=True):
-            graph.publish(root, graph.inner(value))
-        forget_step(recording)
-        return results
-
-    def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
-        """Gives the newest values back to module and optimizers."""
-        owners = gradient_owners(self.replica)
-        for slot, number in numbers.items():
-            if number not in written or number >= len(self.values):
-                continue
-            value = self.values[number]
-            if slot.kind == GRADIENT:
-                owners[slot].grad = value
-            else:
-                graph.publish(self._tensors[slot], graph.inner(value))
-        graph.set_seed(self.seed, self.device)
-        self.values = []
-
-    def make_readable(self) -> None:
-        """Gives module and optimizers the values of the newest traced step."""
-
-    def arrays_of(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Returns for each tensor the array that has its value; None where the tensor has it itself."""
-        return [None] * len(tensors)
-
-    def forget(self) -> None:
-        """Drops the references to the state's buffers."""
-        self.values, self._tensors = [], {}
+from tpuspec.spec.engine import OWN, Layout
 
 
 class _Known(NamedTuple):
@@ -117,17 +37,28 @@ class _Known(NamedTuple):
     held: Any
 
 
-class EngineState(ReplicaState):
-    """One replica's state in the arrays of an engine; module and optimizers hold copies where somebody reads them.
+class ReplicaState:
+    """A replica's state in the arrays of an engine; module and optimizers hold copies where somebody reads them.
 
     A tensor of theirs whose value stands in an array alone has a buffer that is gone: reading it is an error.
+
+    Attributes:
+      replica: the replica that is traced.
+      runtime: runs its programs.
+      values: number of a slot -> its newest value, while steps are replayed.
+      seed: of the next step.
+      holder: the step that has it, to be told where another step goes on from it.
     """
 
-    is_apart = True
+    holder: CompiledStep | None = None
 
-    def __init__(self, replica: Replica, runtime: OnEngine, num_replicas: int) -> None:
-        super().__init__(replica, runtime, num_replicas)
+    def __init__(self, replica: Replica, runtime: OnEngine) -> None:
+        self.replica, self.runtime = replica, runtime
+        self.device = str(replica.device)
+        self.values: list[Any] = []
+        self.seed = 0
         self._engine = runtime.engine
+        self._tensors: dict[Slot, Tensor] = {}
         self._known: dict[int, _Known] = {}
         self._gone: dict[Slot, Tensor] = {}
         self._is_left = False
@@ -156,7 +87,8 @@ class EngineState(ReplicaState):
         graph.materialize(graph.waiting(list(slots.values())), self.device)
         known = dict(zip(slots, self.arrays_of(list(slots.values())), strict=True))
         fresh = [slot for slot, array in known.items() if array is None]
-        taken = self.runtime.take([slots[slot] for slot in fresh], [is_own(slot) for slot in fresh])
+        missing = [slots[slot] for slot in fresh]
+        taken = self.runtime.take(missing, self.runtime.layouts.of_slots(fresh, missing))
         arrays = known | dict(zip(fresh, taken, strict=True))
         self._known = {number: self._known[number] for slot, tensor in slots.items()
                        if known[slot] is not None and (number := graph.tensor_id(tensor)) in self._known}
@@ -179,13 +111,17 @@ class EngineState(ReplicaState):
                     owners[slot].grad = None
             self._give({slot: tensor for slot, tensor in self._tensors.items() if slot.kind != GRADIENT})
 
-    def launch(self, recording: Recording, before: Before, batch: Batch) -> list[Any]:
+    def launch(self, recording: Recording, before: Before, batch: SentBatch) -> list[Any]:
         """Runs a compiled recording on the values of its very step; the newest state is in arrays afterwards."""
         if recording.has_read:  # compiled for torch_xla's own runtime, where it read
-            return super().launch(recording, before, batch)
+            results = list(recording.compiled.run(recording.values)) if recording.compiled else []
+            for root, value in zip(recording.roots, results, strict=True):
+                graph.publish(root, graph.inner(value))
+            forget_step(recording)
+            return results
         after = recording.slots
         known = self._at_start(before)
-        feed = self._feed(recording.inputs, recording.values, known, batch)
+        feed = self._feed(recording.inputs, recording.values, recording.given, known, batch)
         num_written = len(recording.written)
         others = [weakref.ref(root) for root in recording.roots[num_written:]]
         forget_step(recording)
@@ -213,25 +149,26 @@ class EngineState(ReplicaState):
         self._known |= {before.numbers[slot]: known for slot, known in found.items()
                         if known is not None and known.handle == before.handles[slot]}
 
-    def inputs_of(self, before: Before, batch: Batch) -> InputsOf:
+    def inputs_of(self, before: Before, batch: SentBatch) -> InputsOf:
+        """Returns a function from the sources of a graph's inputs, and their values in a trace, to its inputs."""
         known = self._at_start(before)
-        return lambda sources, values: self._feed(sources, values, known, batch)
+        return lambda sources, values: self._feed(
+            sources, values, of_sources(self.runtime.layouts, sources, values, batch.layouts), known, batch)
 
     def _at_start(self, before: Before) -> dict[Slot, Any]:
         """Returns the arrays that have the values of a step's start."""
         return {slot: known.array for slot, number in before.numbers.items()
                 if (known := self._known.get(number)) is not None and known.handle == before.handles[slot]}
 
-    def _feed(self, sources: Sequence[Source], values: Sequence[Tensor], known: dict[Slot, Any], batch: Batch,
-              ) -> list[Any]:
+    def _feed(self, sources: Sequence[Source], values: Sequence[Tensor], layouts: Sequence[Layout],
+              known: dict[Slot, Any], batch: SentBatch) -> list[Any]:
         """Returns the inputs of a graph; adds to `known` what was not."""
-        of_batch = self.runtime.of_batch(batch) if any(source.kind == "batch" for source in sources) else []
         feed = [known.get(source.key) if source.kind == "slot" else
-                of_batch[source.key] if source.kind == "batch" else
-                self.runtime.seed(graph.read_seed(value), self.device) if source.kind == "seed" else None
+                batch.arrays[source.key] if source.kind == "batch" else
+                self.runtime.seed(graph.read_seed(value)) if source.kind == "seed" else None
                 for source, value in zip(sources, values, strict=True)]
         missing = [place for place, value in enumerate(feed) if value is None]
-        taken = self.runtime.take([values[i] for i in missing], [is_own_source(sources[i]) for i in missing])
+        taken = self.runtime.take([values[i] for i in missing], [layouts[i] for i in missing])
         for place, array in zip(missing, taken, strict=True):
             feed[place] = array
             if sources[place].kind == "slot":
@@ -262,7 +199,7 @@ class EngineState(ReplicaState):
         self._give({slot: self._tensors[slot] for slot in written_over}, written_over)
         graph.set_seed(self.seed, self.device)
         self.make_readable()
-        self.values = []
+        self.values, self._tensors = [], {}
 
     def make_readable(self) -> None:
         """Gives module and optimizers copies of what stands in arrays alone."""
@@ -282,21 +219,37 @@ class EngineState(ReplicaState):
         Args:
           whole: whether all have their mean within the block, which module and checkpoints have.
         """
-        if self.num_replicas == 1:
+        if self._engine.num_replicas == 1:
             yield
             return
         self._let_go()
-        buffers = {slot: tensor for slot, tensor in read_slots(self.replica).items() if slot.kind == "buffer"}
-        found = zip(buffers, self.arrays_of(list(buffers.values())), strict=True)
-        own = {slot: array for slot, array in found if array is not None}
+        own = self._own_buffers()
         if whole:
-            means = self._engine.put(self._engine.fetch_whole(list(own.values())), [True] * len(own))
+            means = self._engine.put(self._engine.fetch_whole(list(own.values())), [OWN] * len(own))
             self._set_arrays(dict(zip(own, means, strict=True)))
         try:
             yield
         finally:
             self._let_go()
             self._set_arrays(own)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Returns the buffers of all replicas by name, [num_replicas, ...]; nothing where there is one replica."""
+        own = self._own_buffers() if self._engine.num_replicas > 1 else {}
+        return dict(zip((slot.name for slot in own), self._engine.fetch(list(own.values())), strict=True))
+
+    def set_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Gives each replica its own buffers, unless they are those of another number of replicas."""
+        num_replicas = self._engine.num_replicas
+        fitting = {slot: statistics[slot.name] for slot, tensor in read_slots(self.replica).items()
+                   if slot.kind == "buffer" and slot.name in statistics
+                   and statistics[slot.name].shape == (num_replicas, *tensor.shape)} if num_replicas > 1 else {}
+        self._set_arrays(dict(zip(fitting, self._engine.put_stacked(list(fitting.values())), strict=True)))
+
+    def _own_buffers(self) -> dict[Slot, Any]:
+        buffers = {slot: tensor for slot, tensor in read_slots(self.replica).items() if slot.kind == "buffer"}
+        found = zip(buffers, self.arrays_of(list(buffers.values())), strict=True)
+        return {slot: array for slot, array in found if array is not None}
 
     def _let_go(self) -> None:
         if self.holder is not None:

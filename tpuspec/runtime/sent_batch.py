@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tpuspec.spec.engine import Layout
 from tpuspec.spec.results import Batch
 
 
-def form_of(batch: Batch) -> Hashable:
-    """Returns nesting, shapes and dtypes of a batch."""
-    if (form := getattr(batch, "form", None)) is not None:
-        return form
+def _form_of(batch: Batch) -> Hashable:
     features, labels = batch.features, batch.labels
     nesting: Hashable = None
     if not (isinstance(features, Tensor) and (labels is None or isinstance(labels, Tensor))):
@@ -29,21 +27,18 @@ class SentBatch:
     Args:
       source: on the host.
       send: copies its tensors to the device that steps are traced on.
-      arrays: they as inputs of an engine's programs; None without an engine, where they are sent at once.
+      arrays: they as inputs of an engine's programs.
+      layouts: of each.
     """
 
-    __slots__ = ("_arrays", "_nested", "_send", "_sent", "_source")
+    __slots__ = ("_nested", "_send", "_sent", "_source", "arrays", "layouts")
 
-    def __init__(self, source: Batch, send: Callable[[list[Tensor]], list[Tensor]], arrays: list[Any] | None = None,
-                 ) -> None:
-        self._source, self._send, self._arrays = source, send, arrays
-        self._sent: list[Tensor] | None = None if arrays is not None else send(source.tensors())
+    def __init__(self, source: Batch, send: Callable[[list[Tensor]], list[Tensor]], arrays: list[Any],
+                 layouts: Sequence[Layout]) -> None:
+        self.arrays, self.layouts = arrays, layouts
+        self._source, self._send = source, send
+        self._sent: list[Tensor] | None = None
         self._nested: Batch | None = None
-
-    def arrays(self) -> list[Any]:
-        """Returns its tensors as inputs of an engine's programs."""
-        assert self._arrays is not None
-        return self._arrays
 
     def tensors(self) -> list[Tensor]:
         if self._sent is None:
@@ -52,7 +47,8 @@ class SentBatch:
 
     @property
     def form(self) -> Hashable:
-        return form_of(self._source)
+        """Nesting, shapes and dtypes."""
+        return _form_of(self._source)
 
     @property
     def features(self) -> Any:

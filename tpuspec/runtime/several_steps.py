@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tpuspec.runtime.capture import CapturedStep
-from tpuspec.spec.results import Batch, StepOutput
+from tpuspec.runtime.sent_batch import SentBatch
+from tpuspec.spec.results import StepOutput
 
 
 class SeveralSteps:
@@ -31,12 +33,12 @@ class SeveralSteps:
         is_ready = not self._is_next_alone and self._single.may_run_several(self._num_steps)
         return self._num_steps if is_ready else 1
 
-    def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
+    def __call__(self, batches: Sequence[Any], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; see `spec.backend.CompiledStep`."""
         self._is_next_alone = False
         return self._single(batches, micro_step)
 
-    def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
+    def run_several(self, batches: Sequence[Sequence[SentBatch]], after_each: Callable[[], None],
                     ) -> list[list[StepOutput]] | None:
         """Dispatches `num_at_once` steps; see `spec.backend.RunsSeveral`."""
         outputs = self._single.run_several(batches, after_each)

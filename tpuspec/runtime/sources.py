@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tpuspec.errors import CaptureError
 from tpuspec.runtime import graph
-from tpuspec.runtime.slots import is_own
 
 _MAX_DRAWS = 10_000
 
@@ -25,11 +24,6 @@ class Source(NamedTuple):
 
     kind: str
     key: Any = None
-
-
-def is_own_source(source: Source) -> bool:
-    """Whether every replica has an input for itself."""
-    return source.kind in ("batch", "seed") or (source.kind == "slot" and is_own(source.key))
 
 
 class Sources:

@@ -41,22 +41,30 @@ def count_replicas(config: TPUConfig, *, num_devices: int, num_devices_per_host:
     return num_replicas
 
 
-def mesh_axes(config: TPUConfig, *, num_devices: int) -> dict[str, int]:
-    """Returns the axes of the mesh that the devices of one host make, all of them.
+def mesh_axes(config: TPUConfig, *, num_devices: int, takes_all: bool = True) -> dict[str, int]:
+    """Returns the axes of the mesh that the devices of all hosts make.
+
+    Args:
+      config: names a mesh, or the cores of a replica.
+      num_devices: that were found.
+      takes_all: whether no device may be left over; virtual ones of a CPU may.
 
     Raises:
       DeviceError: there is no device, or the cores of a replica do not divide them.
       ConfigError: the mesh needs another number of devices, or the settings do not fit one another.
     """
     axes = config.mesh
+    if axes is None and not takes_all and config.num_shards is not None:
+        axes = default_mesh(config.num_shards, config.cores_per_replica)
     if axes is None:
         axes = default_mesh(count_replicas(config, num_devices=num_devices, num_devices_per_host=num_devices),
                             config.cores_per_replica)
     needed = math.prod(axes.values())
-    if needed != num_devices:
-        raise ConfigError(f"the mesh ({format_mesh(axes)}) needs {needed} devices, and {num_devices} are there; a mesh "
-                          "takes all devices. On a CPU, set CPU_NUM_DEVICES before the first XLA call of the process, "
-                          "or leave it unset: the first Trainer makes as many as its mesh needs.")
+    if needed > num_devices or (takes_all and needed != num_devices):
+        raise ConfigError(f"the mesh ({format_mesh(axes)}) needs {needed} devices, and {num_devices} are there"
+                          f"{'; a mesh takes all devices' if takes_all else ''}. On a CPU, set CPU_NUM_DEVICES before "
+                          "the first XLA call of the process, or leave it unset: the first Trainer makes as many as "
+                          "its mesh needs.")
     if config.fsdp and axes.get(DATA_AXIS, 1) == 1:
         raise ConfigError(f"fsdp splits parameters over the mesh axis {DATA_AXIS!r}, and the mesh "
                           f"({format_mesh(axes)}) has one device there. Set mesh, or num_shards, to have more, or "

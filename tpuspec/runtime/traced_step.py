@@ -47,7 +47,7 @@ class TracedStep:
         # In this thread: torch's own backward threads are made at the first backward of the process, and know no XLA
         # device if that was before the client started.
         with (self.enter(), torch.autograd.set_multithreading_enabled(False),
-              self.numbers.in_place(self.replica)):
+              self.numbers.in_place()):
             outputs = [self.step(self.replica, batches[0], micro_step)]
         # Optimizers that make state in their first step have two graphs, so compiles come in a row.
         may_compile = self.compiled.get(micro_step, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -201,12 +201,24 @@ class Backend(Protocol):
         """
         ...
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Returns the buffers of a program's replicas by name, [replicas, ...]; nothing where there is one of all."""
+        ...
+
+    def set_statistics(self, replica: Replica, statistics: Mapping[str, Tensor]) -> None:
+        """Gives the replicas of a program their own buffers, unless they are of another number of replicas."""
+        ...
+
     def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
         """Returns for each local replica the sums of values and of sizes, float32 [number of parameters, 2]."""
         ...
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
         """Inside a step: reduces the gradients over all replicas and applies them (`xm.optimizer_step`)."""
+        ...
+
+    def constrain(self, tensor: Tensor, axes: Sequence[Any]) -> Tensor:
+        """Inside a step: fixes how a tensor lies on a mesh; without one returns it as it is."""
         ...
 
     def gather(self, tensor: Tensor) -> Tensor:

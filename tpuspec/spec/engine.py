@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
 """run(inputs) -> outputs: starts a program and does not wait for it."""
+
+
+class Layout(NamedTuple):
+    """How a tensor lies on the devices: whole on each, unless it says otherwise.
+
+    Attributes:
+      is_own: whether every replica has one for itself: its rows, its seed, its statistics.
+      axes: for each dim the axes of a mesh that it is split over.
+      parts: for each dim of a batch into how many parts the cores of a replica split it; () for none.
+    """
+
+    is_own: bool = False
+    axes: tuple[tuple[str, ...], ...] = ()
+    parts: tuple[int, ...] = ()
+
+
+CONSTRAINT = "tpuspec.constrain"
+"""A custom call with one operand, whose layout it fixes."""
+
+CONSTRAINT_AXES = "axes"
+"""Its attribute: for each dim the names of the mesh axes that split it, as JSON."""
+
+WHOLE = Layout()
+OWN = Layout(is_own=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,26 +50,40 @@ class OfStep:
 class Engine(Protocol):
     """Devices with what they hold, as arrays of their own kind.
 
-    With several replicas one program runs on all of them. What each replica has for itself (its rows, its seed, its
-    statistics) is an array [num_replicas, ...]; the rest is whole, and equal on all of them.
+    With several replicas one program runs on all of them. What each replica has for itself is an array
+    [num_replicas, ...]; the rest is whole, and equal on all of them. On a mesh one program computes with the rows of
+    all replicas, as on one device, and its tensors lie as their layouts say.
 
     Attributes:
-      num_replicas: of a program.
+      num_replicas: of a program; 1 on a mesh.
+      num_devices: of all processes.
+      batches_are_outputs: whether inputs of `of_batches` may be fetched as outputs are.
     """
 
     num_replicas: int
+    num_devices: int
+    batches_are_outputs: bool
 
-    def put(self, tensors: Sequence[Tensor], own: Sequence[bool] | None = None) -> list[Any]:
-        """Copies host tensors to the devices.
+    def put(self, tensors: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
+        """Copies host tensors to the devices; every replica gets a copy of those that are its own.
 
         Args:
           tensors: of one replica.
-          own: for each whether every replica has it for itself: it gets a copy.
+          layouts: of each; None for whole ones.
         """
         ...
 
-    def of_batches(self, batches: Sequence[Sequence[Tensor]]) -> list[Any]:
-        """Copies the tensors of the replicas' batches into inputs, for one run."""
+    def put_stacked(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Copies host tensors [num_replicas, ...] to the devices, to each replica its own."""
+        ...
+
+    def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
+        """Copies the tensors of this process's replicas into inputs for one run.
+
+        Args:
+          batches: for each replica its tensors; for a mesh one batch, of all of them.
+          layouts: of each tensor.
+        """
         ...
 
     def own(self, values: Sequence[Any]) -> Any:
@@ -64,28 +102,30 @@ class Engine(Protocol):
         """As `fetch`, for one replica: of what each has for itself the mean, or the first one's whole numbers."""
         ...
 
-    def compile(self, program: bytes, donated: Sequence[int], given: Sequence[bool], made: Sequence[bool]) -> Run:
+    def compile(self, program: bytes, donated: Sequence[int], given: Sequence[Layout], made: Sequence[Layout],
+                num_kept: int = 0) -> Run:
         """Compiles a StableHLO program.
 
         Args:
           program: of one replica, a portable artifact.
           donated: places of the inputs whose buffers the program may write its outputs to; they are gone then.
-          given: for each input whether it is every replica's own.
-          made: for each output.
+          given: layout of each input.
+          made: of each output.
+          num_kept: outputs, the first ones, that stay on the devices; the host of the chief reads the others.
         """
         ...
 
     def compile_loop(self, program: bytes, num_steps: int, carried: Sequence[tuple[int, int]], stacked: Sequence[int],
-                     given: Sequence[bool], made: Sequence[bool]) -> Run | None:
+                     given: Sequence[Layout], made: Sequence[Layout]) -> Run | None:
         """Compiles a program that runs another one several times.
 
         Args:
           program: one step, a portable artifact.
           num_steps: how often it runs.
-          carried: (input, output) of the state.
+          carried: (input, output) of the state; its outputs are the first ones.
           stacked: places of the inputs that are [num_steps, ...]; the others are the same in all steps.
-          given: for each input of a step whether it is every replica's own.
-          made: for each output.
+          given: layout of each input of a step.
+          made: of each output.
 
         Returns:
           A function from the inputs to the outputs: the state after the last step, the others [num_steps, ...]. None
@@ -104,12 +144,21 @@ class Engine(Protocol):
 
 
 class Engines(Protocol):
-    """The devices of a platform on this host."""
+    """The devices of a platform, those of all processes that have joined."""
 
     def num_devices(self) -> int:
-        """Counts them."""
+        """Counts those of this process."""
         ...
 
     def make(self, num_replicas: int) -> Engine:
-        """Returns the engine of so many replicas, a device each."""
+        """Returns the engine of so many replicas of each process, a device each."""
+        ...
+
+    def make_mesh(self, axes: Mapping[str, int], parts: Sequence[Sequence[int]]) -> Engine:
+        """Returns the engine of a mesh of all devices.
+
+        Args:
+          axes: mesh axis -> its size.
+          parts: into which the cores of a replica split dims of batches.
+        """
         ...

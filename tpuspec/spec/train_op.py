@@ -6,10 +6,10 @@ import contextlib
 import inspect
 import numbers
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class GradientReducer(Protocol):
     def reduce_gradients(self, optimizer: torch.optim.Optimizer, reduction: str) -> None:
         """Reduces the optimizer's gradients over all replicas and applies them."""
 
+    def constrain(self, tensor: Tensor, axes: Sequence[Any]) -> Tensor:
+        """Fixes how a tensor of the step lies on a mesh; without one returns it as it is."""
+        ...
+
 
 _reducer: ContextVar[GradientReducer | None] = ContextVar("tpuspec_reducer", default=None)
 _is_reducing: ContextVar[bool] = ContextVar("tpuspec_is_reducing", default=False)
@@ -40,6 +44,23 @@ def reduce_with(reducer: GradientReducer) -> Iterator[None]:
         yield
     finally:
         _reducer.reset(token)
+
+
+def constrain(tensor: Tensor, axes: Sequence[Any]) -> Tensor:
+    """Within a step on a mesh, fixes over which of its axes a tensor is split; elsewhere returns it as it is.
+
+    Parameters lie as `TPUConfig.sharding` says; what is computed from them XLA lays out as it finds best. Where it does
+    not find what is, say so here. The values do not change; the gradient is split likewise.
+
+    Args:
+      tensor: any shape.
+      axes: for each dim a mesh axis, several, or None where it is whole: `["data", None, "model"]`.
+
+    Raises:
+      SpecError: an axis is none of the mesh, or stands there twice, or there are more or fewer entries than dims.
+    """
+    reducer = _reducer.get()
+    return tensor if reducer is None else reducer.constrain(tensor, axes)
 
 
 @contextlib.contextmanager
