@@ -122,17 +122,22 @@ def serving_input_fn():
 steps_seen = 0
 
 
-def model_fn(features, labels, mode, params, model, optimizer, global_step):
+def count() -> None:
     global steps_seen
+    steps_seen += 1
+    if steps_seen == 20:
+        fail("model_fn")
+
+
+def model_fn(features, labels, mode, params, model, optimizer, global_step):
+    if options.get("fail") == "model_fn":  # a step that counts is not captured
+        count()
     logits = model(features)
     if mode == ModeKeys.PREDICT:
         return TPUEstimatorSpec(mode, predictions={"logits": logits, "first": features[:, 0]})
     losses = functional.cross_entropy(logits, labels, reduction="none")
     if mode == ModeKeys.EVAL:
         return TPUEstimatorSpec(mode, loss=losses, eval_metrics=(metric_fn, [labels, logits]))
-    steps_seen += 1
-    if steps_seen == 20:
-        fail("model_fn")
     loss = losses.mean()
     op = tpuspec.CrossShardOptimizer(optimizer).minimize(
         loss, clip_grad_norm=float(options["clip"]) if "clip" in options else None,
@@ -214,7 +219,7 @@ def run(job: str, out: Path, **given: str) -> None:
     folder = Path(made.model_dir)
     result |= notes | {"step": session.global_step, "torch_xla": "torch_xla" in sys.modules,
                        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
-                       "prefetched": any(prefetched),
+                       "prefetched": any(prefetched), "step_kind": session.backend.step_kind,
                        "noise": torch.rand(3).tolist(),
                        "weights": [number for value in session.model_state().values()
                                    for number in value.flatten().tolist()]}

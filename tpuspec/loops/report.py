@@ -28,6 +28,7 @@ def banner_facts(session: Session, *, model_dir: str, batch_sizes: Mapping[ModeK
     sizes = [f"{names[mode]} {size}" for mode, size in batch_sizes.items() if size is not None]
     return {
         "devices": f"{len(topology.devices)} x {topology.platform} ({topology.reason})",
+        **({"processes": f"{topology.num_hosts}, each with as many devices"} if topology.num_hosts > 1 else {}),
         **({"mesh": format_mesh(topology.mesh)} if topology.mesh else {}),
         "replicas": str(topology.num_replicas),
         "steps": session.backend.step_kind,

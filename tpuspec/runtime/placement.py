@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -26,14 +25,6 @@ def move_module(module: nn.Module, device: torch.device) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             getattr(module.get_submodule(owner), kind)[leaf] = first
     return module
-
-
-def copy_module(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module whose parameters have the hooks and attributes of the module's own."""
-    copied = copy.deepcopy(module)
-    for parameter, original in zip(copied.parameters(), module.parameters(), strict=True):
-        _take_over(parameter, original)
-    return copied
 
 
 def _take_over(parameter: nn.Parameter, before: nn.Parameter) -> None:
