@@ -1,10 +1,10 @@
-"""How long from the start of a process until its first steps have run: with an empty compile cache, and with a full one.
+"""How long from the start of a process until its first steps have run? With an empty compile cache, and a full one.
 
     python benchmarks/bench_start.py [--workloads mlp gpt] [--repeats 3]
 
-Imports, model, trace, compile and six steps, beside a loop by hand on torch_xla (which has no cache on a CPU) and one in
-JAX. Each is a process of its own; the repeats interleave. Prints one JSON line for each (median seconds, smallest and
-largest, and the ratio to the Trainer's), then a table.
+Imports, model, trace, compile and six steps, beside a loop by hand on torch_xla (which has no cache on a CPU) and one
+in JAX. Each is a process of its own; the repeats interleave. Prints one JSON line for each (median seconds, smallest
+and largest, and the ratio to the Trainer's), then a table.
 """
 
 from __future__ import annotations
