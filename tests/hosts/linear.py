@@ -221,9 +221,14 @@ def run(job: str, out: Path, **given: str) -> None:
                        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
                        "prefetched": any(prefetched), "step_kind": session.backend.step_kind,
                        "noise": torch.rand(3).tolist(),
-                       "weights": [number for value in session.model_state().values()
-                                   for number in value.flatten().tolist()]}
+                       "weights": flat(session, buffers=False), "buffers": flat(session, buffers=True)}
     (out / f"result{host}.json").write_text(json.dumps(result))
+
+
+def flat(session: Any, *, buffers: bool) -> list[float]:
+    names = {name for name, _ in session.module.named_buffers()}
+    return [number for name, value in session.model_state().items() if (name in names) is buffers
+            for number in value.flatten().tolist()]
 
 
 class Stop(tpuspec.SessionRunHook):

@@ -67,6 +67,7 @@ def test_a_run_goes_on_from_the_chiefs_checkpoint_bit_for_bit(run_xla_hosts, lay
     for result, uninterrupted in zip(results, whole, strict=True):
         assert result["step"] == STEPS
         assert result["weights"] == uninterrupted["weights"]
+        assert result["buffers"] == uninterrupted["buffers"]
 
 
 def test_a_checkpoint_goes_on_on_another_layout(run_xla_hosts, run_hosts):

@@ -23,6 +23,7 @@ from tpuspec.errors import HostFailureError
 from tpuspec.spec.phase import current_phase
 
 GRACE_SECONDS = 10.0
+CLOSING_SECONDS = 15.0
 _LONGEST_LINE = 1 << 16
 _SILENCE_SHARE = 0.75
 
@@ -171,7 +172,9 @@ class Health:
                 self._look_for_silence(now)
             if self.failure is not None:
                 failed_at = failed_at or now
-                if now - failed_at > GRACE_SECONDS and not self._noticed:
+                # One that has noticed may wait for devices all the same, and those for a process that is gone.
+                grace = CLOSING_SECONDS if self._noticed else GRACE_SECONDS
+                if now - failed_at > grace and not (self._noticed and self.failure.host == self._host):
                     self._end_process()
 
     def _accept(self) -> None:
@@ -268,6 +271,6 @@ class Health:
 
     def _end_process(self) -> None:
         assert self.failure is not None
-        # The loop's thread hangs in something that cannot be interrupted.
+        # A thread hangs in something that cannot be interrupted.
         os.write(sys.stderr.fileno(), f"error: {self.failure.describe(self._num_hosts)}\n".encode())
         os._exit(1)
