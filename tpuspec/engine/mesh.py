@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import torch
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor
@@ -60,8 +61,8 @@ class DeviceMesh(Several):
                                    for array, layout in zip(arrays, layouts, strict=True)], layouts, num_processes)
 
     def sums(self, arrays: Sequence[Any]) -> Tensor:
-        """There is one of everything: nothing to compare."""
-        raise NotImplementedError
+        """There is one of everything, which is nobody's own: nothing to compare, float32 [0, arrays, 2]."""
+        return torch.zeros(0, len(arrays), 2)
 
     def _exported(self, program: bytes) -> export.Exported:
         return as_exported(over_mesh(program, self._spec_of_axes, self._sizes), self._platform)

@@ -24,7 +24,7 @@ def constrained(tensor: Tensor, axes: Sequence[Any], mesh: Mapping[str, int]) ->
       mesh: mesh axis -> its size.
 
     Raises:
-      SpecError: an axis is none of the mesh, or stands there twice, or there are more or fewer entries than dims.
+      SpecError: an axis is not one of the mesh's, or stands there twice, or there are more or fewer entries than dims.
     """
     names = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in axes]
     used = [name for of_dim in names for name in of_dim]

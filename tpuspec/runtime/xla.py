@@ -268,7 +268,7 @@ class XlaBackend:
     def sums_of_parameters(self, replicas: Sequence[Replica]) -> list[Tensor]:
         """Returns for each replica of this host the sums of values and of sizes of its parameters."""
         model = replicas[0].model
-        if model is None or self.topology.mesh:
+        if model is None:
             return []
         parameters = list(model.parameters())
         arrays = [self._runtime.take([parameter])[0] if array is None else array
@@ -308,7 +308,7 @@ class XlaBackend:
         """Fixes how a tensor of the step lies on a mesh; without one returns it as it is.
 
         Raises:
-          SpecError: the axes are none of the mesh, or do not fit the tensor.
+          SpecError: the axes are not those of the mesh, or do not fit the tensor.
         """
         return constrained(tensor, axes, self.topology.mesh) if self.topology.mesh else tensor
 

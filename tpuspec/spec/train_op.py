@@ -57,7 +57,7 @@ def constrain(tensor: Tensor, axes: Sequence[Any]) -> Tensor:
       axes: for each dim a mesh axis, several, or None where it is whole: `["data", None, "model"]`.
 
     Raises:
-      SpecError: an axis is none of the mesh, or stands there twice, or there are more or fewer entries than dims.
+      SpecError: an axis is not one of the mesh's, or stands there twice, or there are more or fewer entries than dims.
     """
     reducer = _reducer.get()
     return tensor if reducer is None else reducer.constrain(tensor, axes)
