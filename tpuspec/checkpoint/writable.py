@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -15,7 +14,7 @@ def prove_writable(folder: Path) -> None:
     Raises:
       OSError, ValueError: it cannot be made, or written.
     """
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / ".probe"  # one name: what a process that was killed has left, the next one removes
     folder.mkdir(parents=True, exist_ok=True)
     try:
         probe.write_bytes(b"tpuspec")
