@@ -31,7 +31,7 @@ train: $(READY)  ## trains and evaluates on the digits: make train ARGS="run.max
 	$(RUN) -m tpuspec.train config=digits $(ARGS)
 
 # Whole modules stay in one process, for importing torch_xla takes seconds.
-test: $(READY)  ## runs the tests, in two processes: make test ARGS="tests/host -n 0" in one
+test: $(READY)  ## runs the tests, in two processes: make test ARGS="tests/drain -n 0" in one
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(READY)  ## runs the tests of faults: damage, kills, resume, locks

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpuspec.runtime.gradients import sum_gradients
+from tpuspec.native.gradients import sum_gradients
 
 NUM_PROCESSES, WIDTH, NUM_LAYERS, BATCH, LENGTH = 2, 256, 4, 8, 32
 WARM_UP, STEPS, ROUNDS = 3, 10, 8

@@ -27,7 +27,7 @@ FILE_GRACE_SECONDS = 20.0
 # pool has the first of the unnamed executors of a process.
 LASTING_THREADS = frozenset({"fsspecIO", "ThreadPoolExecutor-0_0", "ThreadPoolExecutor-0_1"})
 
-# Set once in a process: by torch_xla, jax and scikit-learn when they are imported, by tpuspec.runtime before the
+# Set once in a process: by torch_xla, jax and scikit-learn when they are imported, by tpuspec.tracer before the
 # XLA client starts, by torch when it first traces an export or compiles. They may appear; a test that changes or
 # removes one of them leaks.
 APPEARING_VARIABLES = frozenset({

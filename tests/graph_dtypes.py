@@ -19,7 +19,7 @@ def note_dtypes(monkeypatch: pytest.MonkeyPatch) -> Dtypes:
     """Returns a dict to which every step that is traced adds the dtypes of its graph's floats."""
     import torch_xla
 
-    from tpuspec.runtime import capture
+    from tpuspec.tracer import capture
 
     noted: Dtypes = defaultdict(set)
     compile_recording = capture.compile_recording

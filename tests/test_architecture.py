@@ -74,16 +74,16 @@ def test_local_links_lead_somewhere(page):
 
 @pytest.fixture
 def small_tree(tmp_path):
-    (tmp_path / "tpuspec" / "host").mkdir(parents=True)
-    (tmp_path / "tpuspec" / "host" / "drain.py").write_text(
+    (tmp_path / "tpuspec" / "drain").mkdir(parents=True)
+    (tmp_path / "tpuspec" / "drain" / "drain.py").write_text(
         "LIMIT = 8\nsize: int = 1\nclass Drain:\n    depth: int = 0\n    def submit(self): ...\ndef drain(): ...\n")
     return tmp_path
 
 
 @pytest.mark.parametrize("name", [
-    "tpuspec/host/drain.py", "tpuspec/host/", "tpuspec/host", "tpuspec/*/drain.py", "tpuspec/host/drain.py:drain()",
-    "tpuspec/host/drain.py:Drain", "tpuspec/host/drain.py:Drain.submit", "tpuspec/host/drain.py:Drain.depth",
-    "tpuspec/host/drain.py:LIMIT", "tpuspec/host/drain.py:size",
+    "tpuspec/drain/drain.py", "tpuspec/drain/", "tpuspec/drain", "tpuspec/*/drain.py", "tpuspec/drain/drain.py:drain()",
+    "tpuspec/drain/drain.py:Drain", "tpuspec/drain/drain.py:Drain.submit", "tpuspec/drain/drain.py:Drain.depth",
+    "tpuspec/drain/drain.py:LIMIT", "tpuspec/drain/drain.py:size",
 ])
 def test_a_name_that_exists_passes(small_tree, name):
     assert names_in_backticks(f"See `{name}`.") == [name]
@@ -91,9 +91,9 @@ def test_a_name_that_exists_passes(small_tree, name):
 
 
 @pytest.mark.parametrize("name", [
-    "tpuspec/host/gone.py", "host/drain.py", "drain.py", "tpuspec/loops/", "tpuspec/*/gone.py", "GONE.md",
-    "tpuspec/host/drain.py:gone", "tpuspec/host/drain.py:Drain.gone", "tpuspec/host/drain.py:submit",
-    "tpuspec/host/drain.py:Drain.submit.gone", "tpuspec/host/drain.py:12",
+    "tpuspec/drain/gone.py", "drain/drain.py", "drain.py", "tpuspec/loops/", "tpuspec/*/gone.py", "GONE.md",
+    "tpuspec/drain/drain.py:gone", "tpuspec/drain/drain.py:Drain.gone", "tpuspec/drain/drain.py:submit",
+    "tpuspec/drain/drain.py:Drain.submit.gone", "tpuspec/drain/drain.py:12",
 ])
 def test_a_name_that_does_not_exist_is_found(small_tree, name):
     assert names_in_backticks(f"See `{name}`.") == [name]

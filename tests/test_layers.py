@@ -1,4 +1,4 @@
-"""Imports run downhill, torch_xla lives in tpuspec/runtime only, and jax in tpuspec/engine only."""
+"""Imports run downhill, torch_xla lives in tpuspec/tracer only, and jax in tpuspec/engine only."""
 
 import ast
 import re
@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 BASE = {"errors", "cluster", "config", "mesh", "precision", "spec"}
-MIDDLE = {"runtime", "engine", "data", "host", "summary", "checkpoint", "export"}
+DEVICES = {"placement", "hosts"}  # what the ways to run a step share
+MIDDLE = {*DEVICES, "tracer", "engine", "native", "data", "drain", "summary", "checkpoint", "export"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "cluster": {"errors"},
@@ -23,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"errors", "spec"},
     "arguments": BASE,
     **{layer: BASE for layer in MIDDLE},
+    "tracer": BASE | DEVICES,
+    "native": BASE | DEVICES,
     "loops": BASE | MIDDLE,
     "schedule": BASE | MIDDLE | {"loops"},
     "select": BASE | MIDDLE,  # where the tracer meets its engine
@@ -36,7 +39,7 @@ MAY_IMPORT |= {
     "train": LAYERS,
     "__init__": LAYERS,
 }
-HOMES = {"torch_xla": "runtime", "jax": "engine", "jaxlib": "engine"}
+HOMES = {"torch_xla": "tracer", "jax": "engine", "jaxlib": "engine"}
 IMPORTERS = {"import_module", "__import__"}
 TORCH_XLA_MODULE = re.compile(r"torch_xla(\.\w+)+")
 
@@ -136,30 +139,30 @@ def made_up_package(folder: Path, path: str, source: str) -> Path:
 @pytest.mark.parametrize(("path", "source", "complaint"), [
     ("errors.py", "import tpuspec.config", "errors must not import config"),
     ("spec/mode.py", "from tpuspec.config import RunConfig", "spec must not import config"),
-    ("host/drain.py", "from tpuspec.data.padding import pad", "host must not import data"),
-    ("host/drain.py", "from tpuspec import data", "host must not import data"),
-    ("host/drain.py", "from ..data import padding", "host must not import data"),
-    ("host/drain.py", "from .. import loops", "host must not import loops"),
-    ("host/drain.py", "import tpuspec", "host must not import tpuspec"),
-    ("host/drain.py", "from tpuspec import Trainer", "host must not import tpuspec"),
-    ("host/drain.py", "def f():\n    from tpuspec.loops import step", ":2: host must not import loops"),
-    ("host/drain.py", "if TYPE_CHECKING:\n    import tpuspec.loops.step", ":2: host must not import loops"),
-    ("host/drain.py", "importlib.import_module('tpuspec.loops.step')", "host must not import loops"),
-    ("host/drain.py", "importlib.import_module('..loops.step', __package__)", "host must not import loops"),
-    ("host/drain.py", "import_module(f'tpuspec.loops.{name}')", "host must not import loops"),
-    ("host/drain.py", "__import__('tpuspec.loops.' + name)", "host must not import loops"),
+    ("drain/drain.py", "from tpuspec.data.padding import pad", "drain must not import data"),
+    ("drain/drain.py", "from tpuspec import data", "drain must not import data"),
+    ("drain/drain.py", "from ..data import padding", "drain must not import data"),
+    ("drain/drain.py", "from .. import loops", "drain must not import loops"),
+    ("drain/drain.py", "import tpuspec", "drain must not import tpuspec"),
+    ("drain/drain.py", "from tpuspec import Trainer", "drain must not import tpuspec"),
+    ("drain/drain.py", "def f():\n    from tpuspec.loops import step", ":2: drain must not import loops"),
+    ("drain/drain.py", "if TYPE_CHECKING:\n    import tpuspec.loops.step", ":2: drain must not import loops"),
+    ("drain/drain.py", "importlib.import_module('tpuspec.loops.step')", "drain must not import loops"),
+    ("drain/drain.py", "importlib.import_module('..loops.step', __package__)", "drain must not import loops"),
+    ("drain/drain.py", "import_module(f'tpuspec.loops.{name}')", "drain must not import loops"),
+    ("drain/drain.py", "__import__('tpuspec.loops.' + name)", "drain must not import loops"),
     ("loops/train.py", "from tpuspec.schedule import history", "loops must not import schedule"),
     ("schedule/history.py", "from tpuspec.trainer import Trainer", "schedule must not import trainer"),
     ("trainer.py", "import tpuspec.train", "trainer must not import train"),
     ("testing/tiny.py", "from tpuspec.trainer import Trainer", "testing must not import trainer"),
     ("testing/tiny.py", "from tpuspec import Trainer", "testing must not import tpuspec"),
     ("utils.py", "", "layer 'utils' is not in MAY_IMPORT"),
-    ("loops/train.py", "import torch_xla", "only tpuspec/runtime may import torch_xla"),
-    ("loops/train.py", "from torch_xla.core import xla_model", "only tpuspec/runtime may import torch_xla"),
-    ("train.py", "importlib.import_module('torch_xla')", "only tpuspec/runtime may import torch_xla"),
-    ("train.py", "load('torch_xla.runtime')", "only tpuspec/runtime may import torch_xla"),
-    ("runtime/capture.py", "import jax", "only tpuspec/engine may import jax"),
-    ("runtime/capture.py", "from jaxlib.mlir import ir", "only tpuspec/engine may import jaxlib"),
+    ("loops/train.py", "import torch_xla", "only tpuspec/tracer may import torch_xla"),
+    ("loops/train.py", "from torch_xla.core import xla_model", "only tpuspec/tracer may import torch_xla"),
+    ("train.py", "importlib.import_module('torch_xla')", "only tpuspec/tracer may import torch_xla"),
+    ("train.py", "load('torch_xla.runtime')", "only tpuspec/tracer may import torch_xla"),
+    ("tracer/capture.py", "import jax", "only tpuspec/engine may import jax"),
+    ("tracer/capture.py", "from jaxlib.mlir import ir", "only tpuspec/engine may import jaxlib"),
 ])
 def test_an_uphill_import_is_found(tmp_path, path, source, complaint):
     (found,) = violations(made_up_package(tmp_path, path, source))
@@ -168,8 +171,8 @@ def test_an_uphill_import_is_found(tmp_path, path, source, complaint):
 
 @pytest.mark.parametrize(("path", "source"), [
     ("spec/mode.py", "from tpuspec.errors import SpecError\nfrom . import backend"),
-    ("runtime/graph.py", "import torch_xla\nimport tpuspec.runtime.capture\nimport_module(f'.{name}', __package__)"),
-    ("loops/train.py", "from ..host.drain import Drain\nfrom tpuspec.config import RunConfig"),
+    ("tracer/graph.py", "import torch_xla\nimport tpuspec.tracer.capture\nimport_module(f'.{name}', __package__)"),
+    ("loops/train.py", "from ..drain.drain import Drain\nfrom tpuspec.config import RunConfig"),
     ("trainer.py", "'''Runs on torch_xla.'''\nfrom tpuspec.schedule import history\nversion('torch_xla')"),
     ("train.py", "import tpuspec\nfrom tpuspec import Trainer, config\nimport_module(name)"),
     ("__init__.py", "from tpuspec.trainer import Trainer"),

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tpuspec.config import TPUConfig
 from tpuspec.errors import ConfigError
 from tpuspec.mesh import check_batch_partitioner
-from tpuspec.runtime.topology import mesh_axes, wanted_devices
+from tpuspec.tracer.topology import mesh_axes, wanted_devices
 
 MESH = {"data": 2, "model": 2}
 

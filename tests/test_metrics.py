@@ -8,8 +8,8 @@ import sklearn.metrics
 import torch
 
 from tpuspec import metrics
+from tpuspec.drain.metric_state import MetricState
 from tpuspec.errors import SpecError
-from tpuspec.host.metric_state import MetricState
 
 ROWS = 57
 SIZES = (20, 20, 17)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import torch
 
 from tpuspec.config import CaptureMode, RunConfig
 from tpuspec.errors import ConfigError
-from tpuspec.runtime.environment import read_local_rank
-from tpuspec.runtime.native import NativeBackend
-from tpuspec.runtime.platforms import PJRT_DEVICE, choose_platform, is_pod, is_started, make_cpu_devices
-from tpuspec.runtime.pod import meet
-from tpuspec.runtime.process_group import join
-from tpuspec.runtime.topology import wanted_devices
+from tpuspec.hosts.environment import read_local_rank
+from tpuspec.hosts.pod import meet
+from tpuspec.hosts.process_group import join
+from tpuspec.native.backend import NativeBackend
 from tpuspec.spec.backend import Backend
 from tpuspec.spec.coordinator import Coordinator
+from tpuspec.tracer.platforms import PJRT_DEVICE, choose_platform, is_pod, is_started, make_cpu_devices
+from tpuspec.tracer.topology import wanted_devices
 
 
 def select(config: RunConfig, *, use_tpu: bool) -> Backend:
@@ -40,9 +41,12 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     if platform == "CPU" and wanted is not None and not is_started():
         make_cpu_devices(wanted // max(num_workers, 1), in_all=wanted)
     # Imported here: torch_xla and jax cost seconds, and read the environment when their clients start.
+    drawn = np.random.get_state()
     from tpuspec.engine.compile_cache import keep_programs
     from tpuspec.engine.engines import Engines
-    from tpuspec.runtime.xla import XlaBackend
+    from tpuspec.tracer.xla import XlaBackend
+
+    np.random.set_state(drawn)  # the imports draw: the first run of a process would have other numbers than the next
 
     if platform != "CPU":
         os.environ[PJRT_DEVICE] = "CPU"  # torch_xla traces; jax has the accelerator

@@ -10,7 +10,7 @@ from tests.several_replicas import use_fake
 from tpuspec import InputPipelineConfig, ModeKeys, TPUConfig
 from tpuspec.data.context import TPUContext
 from tpuspec.data.deployment import plan_input
-from tpuspec.runtime.topology import count_replicas
+from tpuspec.tracer.topology import count_replicas
 
 V1, V2, PER_CORE = InputPipelineConfig.PER_HOST_V1, InputPipelineConfig.PER_HOST_V2, InputPipelineConfig.PER_SHARD_V1
 BROADCAST, SLICED = InputPipelineConfig.BROADCAST, InputPipelineConfig.SLICED

@@ -13,7 +13,7 @@ import torch
 from tests.models import VERBS, input_fn, make_config, make_optimizer, make_trainer, model_fn, run
 from tpuspec import RunConfig, TPUConfig, Trainer
 from tpuspec.errors import ConfigError
-from tpuspec.runtime.topology import count_replicas
+from tpuspec.tracer.topology import count_replicas
 
 both_paths = pytest.mark.parametrize("use_tpu", [True, False], ids=["xla", "native"])
 every_verb = pytest.mark.parametrize("verb", VERBS)

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from tpuspec import InputPipelineConfig, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
-from tpuspec.runtime.topology import count_replicas
+from tpuspec.tracer.topology import count_replicas
 
 V2 = InputPipelineConfig.PER_HOST_V2
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch.export._trace  # noqa: F401 - what takes seconds to import
 import torch_xla  # noqa: F401 - likewise
 
-import tpuspec.runtime.xla
+import tpuspec.tracer.xla
 import tpuspec.train  # noqa: F401
 
 

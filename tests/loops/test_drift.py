@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from tpuspec.loops.drift import DriftCheck, ReplicaDriftError
-from tpuspec.runtime.checksums import checksums
+from tpuspec.native.checksums import checksums
 
 
 def session_of(*models, other_hosts=lambda own: []):

@@ -9,9 +9,9 @@ import torch
 from torchmetrics import SumMetric
 
 from tpuspec import summary
+from tpuspec.drain.drain import DrainedStep
+from tpuspec.drain.metric_state import MetricState
 from tpuspec.errors import HostCallError, SpecError
-from tpuspec.host.drain import DrainedStep
-from tpuspec.host.metric_state import MetricState
 from tpuspec.loops.host_work import EvalWork, LossMean, TrainWork, run_host_function
 from tpuspec.spec.results import HostFunctions, StepRows
 from tpuspec.summary.progress import Progress

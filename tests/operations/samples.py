@@ -282,8 +282,8 @@ def main() -> None:
     torch.set_num_threads(1)
     import torch_xla
     if not os.environ.get("WITHOUT_TPUSPEC"):
-        from tpuspec.runtime.formulas import register_formulas
-        from tpuspec.runtime.kernels import register_kernels
+        from tpuspec.tracer.formulas import register_formulas
+        from tpuspec.tracer.kernels import register_kernels
         register_formulas()
         register_kernels()
     device = torch_xla.device()

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 import torch_xla
 
-from tpuspec.runtime.formulas import register_formulas
-from tpuspec.runtime.kernels import register_kernels
+from tpuspec.tracer.formulas import register_formulas
+from tpuspec.tracer.kernels import register_kernels
 
 N = 4096
 

@@ -9,13 +9,13 @@ import torch
 import torch_xla
 
 from tests.operations import samples, table
-from tpuspec.runtime.formulas import register_formulas
-from tpuspec.runtime.kernels import MENDED, register_kernels
+from tpuspec.tracer.formulas import register_formulas
+from tpuspec.tracer.kernels import MENDED, register_kernels
 
 NUM_OTHERS = 40
 ENDS_THE_PROCESS = {"argwhere"}
 OWN_TESTS = {"_weight_norm", "embedding_bag", "nuclear_norm"}
-"""op_db has no samples of these; tests/runtime/test_formulas.py does."""
+"""op_db has no samples of these; tests/tracer/test_formulas.py does."""
 WITHIN_OTHERS = {"_linalg_svd", "tanh_backward", "sigmoid_backward", "_to_copy", "_copy_from", "view_as_complex_copy",
                  "linalg_vector_norm", "linalg_inv_ex", "upsample_nearest2d", "upsample_bilinear2d",
                  "_pack_padded_sequence", "randperm", "_index_put_impl", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",

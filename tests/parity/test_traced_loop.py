@@ -12,7 +12,7 @@ import torch_xla.core.xla_model as xm
 from torch import nn
 
 import tpuspec
-from tpuspec.runtime.formulas import register_formulas
+from tpuspec.tracer.formulas import register_formulas
 
 NUM_STEPS, SEED = 12, 7
 

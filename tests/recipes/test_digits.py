@@ -6,7 +6,7 @@ import torch
 
 from recipes import digits
 from tpuspec import ModeKeys
-from tpuspec.host.metric_state import MetricState
+from tpuspec.drain.metric_state import MetricState
 
 PARAMS = {"width": 4, "dropout": 0.25, "learning_rate": 0.002, "weight_decay": 0.01}
 

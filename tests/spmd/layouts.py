@@ -140,7 +140,7 @@ def differences(kind: type[TwoLayers], mesh: Mapping[str, int], tried: Sequence[
 def nothing_refused():
     """Lets the settings through that XLA's partitioner gets wrong."""
     with (mock.patch("tpuspec.mesh.check_partitioner", lambda *arguments: None),
-          mock.patch("tpuspec.runtime.layouts.check_batch_partitioner", lambda *arguments: None)):
+          mock.patch("tpuspec.tracer.layouts.check_batch_partitioner", lambda *arguments: None)):
         yield
 
 

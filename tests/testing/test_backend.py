@@ -9,10 +9,10 @@ from torch import nn
 
 from tpuspec import Trainer
 from tpuspec.config import RunConfig, TPUConfig
+from tpuspec.drain.drain import Drain
+from tpuspec.drain.executor import HostExecutor
+from tpuspec.drain.metric_state import MetricState
 from tpuspec.errors import SpecUsageError
-from tpuspec.host.drain import Drain
-from tpuspec.host.executor import HostExecutor
-from tpuspec.host.metric_state import MetricState
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import EvalWork

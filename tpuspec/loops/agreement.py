@@ -17,8 +17,8 @@ from tpuspec.data.deployment import InputPlan
 from tpuspec.data.pipeline import HostBatch, InputPipeline
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import ProcessRandomState
+from tpuspec.drain.drain import DrainedStep
 from tpuspec.errors import InputError
-from tpuspec.host.drain import DrainedStep
 from tpuspec.loops.iterations import LoopSizer
 from tpuspec.spec.backend import Topology
 from tpuspec.spec.coordinator import Coordinator

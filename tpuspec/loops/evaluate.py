@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tpuspec.data.pipeline import HostBatch
-from tpuspec.host.drain import Drain
+from tpuspec.drain.drain import Drain
 from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.draw import draw
 from tpuspec.loops.hooks import HookRunner

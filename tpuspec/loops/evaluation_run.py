@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpuspec.host.drain import Drain
-from tpuspec.host.executor import HostExecutor
-from tpuspec.host.metric_state import MetricState
+from tpuspec.drain.drain import Drain
+from tpuspec.drain.executor import HostExecutor
+from tpuspec.drain.metric_state import MetricState
 from tpuspec.loops.agreement import leave_to_chief
 from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner

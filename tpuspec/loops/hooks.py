@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from tpuspec import summary
+from tpuspec.drain.executor import host_call_error
 from tpuspec.errors import ConfigTypeError
-from tpuspec.host.executor import host_call_error
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase

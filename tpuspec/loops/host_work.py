@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tpuspec import summary
+from tpuspec.drain.drain import DrainedStep
+from tpuspec.drain.executor import host_call_error
+from tpuspec.drain.metric_state import MetricState
 from tpuspec.errors import NonFiniteLossError, TpuspecError
-from tpuspec.host.drain import DrainedStep
-from tpuspec.host.executor import host_call_error
-from tpuspec.host.metric_state import MetricState
 from tpuspec.spec.host_call import call_host_function
 from tpuspec.spec.user_threads import USER_THREADS
 from tpuspec.summary.progress import Progress

@@ -14,9 +14,9 @@ from torch import Tensor
 from tpuspec import summary
 from tpuspec.data.host_values import HostValues
 from tpuspec.data.pipeline import HostBatch
+from tpuspec.drain.drain import Drain, DrainedStep
+from tpuspec.drain.executor import HostExecutor
 from tpuspec.errors import ConfigError, SpecError
-from tpuspec.host.drain import Drain, DrainedStep
-from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.draw import drawing
 from tpuspec.loops.hooks import HookRunner

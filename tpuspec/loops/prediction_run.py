@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpuspec.host.executor import HostExecutor
+from tpuspec.drain.executor import HostExecutor
 from tpuspec.loops.agreement import ends_input
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.predict import PredictLoop, select_predictions, single_examples

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from tpuspec.data.index_limits import IndexLimits
+from tpuspec.drain.metric_state import check_metric_names
 from tpuspec.errors import SpecError, SpecUsageError, TpuspecError
-from tpuspec.host.metric_state import check_metric_names
 from tpuspec.loops.step import ModelFnCall, Spec, check_optimizer, check_unsigned
 from tpuspec.spec.backend import Backend, Replica
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec

@@ -14,7 +14,7 @@ import torch
 
 from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.position import ENDED
-from tpuspec.host.drain import Drain, join_micro_steps
+from tpuspec.drain.drain import Drain, join_micro_steps
 from tpuspec.loops.agreement import InputEnd
 from tpuspec.loops.draw import draw
 from tpuspec.loops.drift import DriftCheck

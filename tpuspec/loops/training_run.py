@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpuspec.config import LoopLength, RunConfig
+from tpuspec.drain.drain import Drain
+from tpuspec.drain.executor import HostExecutor
 from tpuspec.errors import InputError
-from tpuspec.host.drain import Drain
-from tpuspec.host.executor import HostExecutor
 from tpuspec.loops.agreement import AgreedSizer, leave_to_chief
 from tpuspec.loops.drift import DriftCheck
 from tpuspec.loops.hooks import HookRunner

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tpuspec.errors import SpecUsageError
-from tpuspec.runtime.native import NativeBackend
+from tpuspec.native.backend import NativeBackend
 from tpuspec.spec.backend import CompiledStep, Replica, StepFunction, Topology
 from tpuspec.spec.results import Batch, StepOutput
 from tpuspec.spec.train_op import reduce_with

@@ -1,0 +1,1 @@
+"""Plain PyTorch, for `use_tpu=False`: in one process, or in torchrun's."""

@@ -1,0 +1,1 @@
+"""From a training step to a program: the only home of torch_xla, which runs on the CPU and traces."""

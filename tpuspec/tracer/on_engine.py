@@ -1,0 +1,73 @@
+"""An engine runs the graphs that torch_xla traces; its arrays are their inputs and outputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from tpuspec.spec.engine import Engine, Layout, Run
+from tpuspec.tracer import graph
+from tpuspec.tracer.layouts import Layouts
+
+_MAX_COMPILED = 128
+
+SEED_OF_REPLICA = 0x9E3779B97F4A7C15
+"""Replica i draws with seed + i times this, so that no two of them drop the same units; replica 0 as one device."""
+
+
+class CompiledGraph(NamedTuple):
+    """A compiled graph.
+
+    Attributes:
+      key: equal for graphs that compute the same from the same inputs.
+      run: starts it and does not wait.
+      program: a portable artifact; b"" where torch_xla's own runtime runs it.
+    """
+
+    key: bytes
+    run: Run
+    program: bytes = b""
+
+
+class OnEngine:
+    """Compiles graphs for an engine, and makes their inputs.
+
+    Args:
+      engine: runs StableHLO programs.
+      layouts: of the tensors of a step.
+    """
+
+    def __init__(self, engine: Engine, layouts: Layouts) -> None:
+        self.engine, self.layouts = engine, layouts
+        self._compiled: OrderedDict[tuple[Any, ...], CompiledGraph] = OrderedDict()
+
+    def compile(self, roots: Sequence[Tensor], donated: Sequence[int], given: Sequence[Layout],
+                made: Sequence[Layout], num_kept: int = 0) -> CompiledGraph:
+        """Compiles the graph of pending tensors, unless it is known; the newest ones are kept by what they compute.
+
+        Args:
+          roots: what it computes.
+          donated, given, made, num_kept: as in `Engine.compile`.
+        """
+        key = (graph.graph_hash(roots), tuple(donated), tuple(given), tuple(made), num_kept)
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            program = graph.stablehlo(roots)
+            compiled = CompiledGraph(key[0], self.engine.compile(program, donated, given, made, num_kept), program)
+        self._compiled[key] = compiled
+        while len(self._compiled) > _MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return compiled
+
+    def take(self, values: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
+        """Returns inputs of the values of tensors on the device that traces; whole ones without layouts."""
+        return self.engine.put(graph.fetch(values), layouts)
+
+    def seed(self, seed: int) -> Any:
+        """Returns a random seed as an input; each replica has another one."""
+        return self.engine.own([np.array((seed + ordinal * SEED_OF_REPLICA) % (1 << 64), np.uint64).view(np.int64)
+                                for ordinal in range(self.engine.num_replicas)])
