@@ -444,6 +444,31 @@ def test_replicas_evaluate_with_the_statistics_of_the_checkpoint_and_train_on_wi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_sync_batch_norm_has_the_statistics_of_the_rows_of_all_replicas(momentum, tmp_path):
+    def build(params):
+        torch.manual_seed(0)
+        kind = nn.BatchNorm1d if params["whole"] else nn.SyncBatchNorm
+        return nn.Sequential(nn.Linear(6, 16), kind(16, momentum=momentum), nn.Tanh(), nn.Linear(16, 3))
+
+    whole, records, (expected,) = trained(1, tmp_path / "one", model=build, steps=20, params={"whole": True})
+    for num_shards in (2, 4):
+        trainer, own_records, (got, *_) = trained(
+            num_shards, tmp_path / str(num_shards), model=build, steps=20, params={"whole": False})
+        for mine, theirs in zip(own_records, records, strict=True):
+            np.testing.assert_allclose(np.mean(mine[num_shards:]), theirs[1], atol=1e-5)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+        assert trainer._sessions[True].backend.step_kind == "replay"
+        assert abs(trainer.evaluate(input_fn)["loss"] - whole.evaluate(input_fn)["loss"]) < 1e-5
+
+
+def test_sync_batch_norm_of_some_processes_is_refused(tmp_path):
+    model = nn.Sequential(nn.SyncBatchNorm(6, process_group="some"), nn.Linear(6, 3))
+    with pytest.raises(SpecError, match="Leave process_group None"):
+        make(2, tmp_path, model=model).train(input_fn, steps=1)
+
+
 def test_many_starts_of_four_replicas_end_without_a_hang_or_a_thread(tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     threads = threading.active_count()

@@ -41,6 +41,7 @@ from tpuspec.tracer.replica_state import ReplicaState
 from tpuspec.tracer.sent_batch import SentBatch
 from tpuspec.tracer.several_steps import SeveralSteps
 from tpuspec.tracer.sharding_rules import shard_parameters
+from tpuspec.tracer.sync_batch_norm import syncing_batch_norm
 from tpuspec.tracer.topology import count_replicas, mesh_axes
 from tpuspec.tracer.torch_optimizers import check_supported
 from tpuspec.tracer.traced_step import TracedStep
@@ -213,7 +214,8 @@ class XlaBackend:
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
         graph.use_device(self._name)
-        with reduce_with(self), computing_as(self._engine.num_replicas):
+        num_replicas = self._engine.num_replicas
+        with reduce_with(self), computing_as(num_replicas), syncing_batch_norm(num_replicas):
             yield
 
     def rehearse(self, replica: Replica, fn: Callable[[], T]) -> T:
@@ -223,7 +225,8 @@ class XlaBackend:
             # As in a step: model_fn may call torch.autograd.grad.
             with self.keeping_statistics(whole=False):
                 try:
-                    with module_as_before(replica.model), torch.autograd.set_multithreading_enabled(False):
+                    with (module_as_before(replica.model), torch.autograd.set_multithreading_enabled(False),
+                          syncing_batch_norm(1)):
                         return fn()
                 finally:
                     if replica.model is not None:
