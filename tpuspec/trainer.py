@@ -32,7 +32,7 @@ from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
 from tpuspec.loops.report import banner_facts
-from tpuspec.loops.saving import Saver, make_manager, make_policy
+from tpuspec.loops.saving import Saver, make_manager, make_policy, saves_in_pieces
 from tpuspec.loops.session import ModelSource, Session
 from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.variables import ReadsVariables
@@ -223,12 +223,15 @@ class Trainer(ReadsVariables):
         last_step = max_steps if steps is None else session.global_step + steps
         # Without XLA hooks fire per step: each step is a loop of its own.
         length = self._config.tpu_config.loop_length if self._use_tpu else LoopLength(value=1, unit="count")
+        in_pieces = saves_in_pieces(session, store, prepared.rehearsal.scaffold)
         training = TrainingRun(
             session=session, prepared=prepared, config=self._config, loop_length=length, progress=self._progress,
             restored=restored, interruption=interruption, hooks=[*hooks, *prepared.rehearsal.hooks],
-            saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator), save_policy,
-                        lambda: session.training_state(prepared.rehearsal.scaffold, prepared.batches.random_state()),
-                        listeners))
+            saver=Saver(make_manager(self._config, self._store, save_policy, session.backend.coordinator,
+                                     jointly=in_pieces), save_policy,
+                        lambda: session.training_state(prepared.rehearsal.scaffold, prepared.batches.random_state(),
+                                                       in_pieces=in_pieces),
+                        listeners, reads_tensors=not in_pieces))
         self._banner(session)
         with contextlib.closing(prepared.batches), contextlib.closing(
                 self._writer(session, self.model_dir, session.global_step)) as writer:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.checkpoints import rewrite_manifest
-from tpuspec.checkpoint.format import is_complete
 from tpuspec.checkpoint.manifest import NEEDS_TPUSPEC
+from tpuspec.checkpoint.reader import is_complete
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
@@ -75,9 +75,9 @@ def test_fault_14_a_truncation_at_any_byte_is_found(checkpoint, name):
 
 
 def test_fault_16_a_newer_format_names_the_version_it_needs_and_is_left_alone(checkpoint):
-    file = rewrite_manifest(checkpoint, format_version=2, needs_tpuspec="7.1.0")
+    file = rewrite_manifest(checkpoint, format_version=3, needs_tpuspec="7.1.0")
     before = file.read_bytes()
-    with pytest.raises(CheckpointError, match=r"needs tpuspec >= 7.1.0: it has format 2, and this is tpuspec \d"):
+    with pytest.raises(CheckpointError, match=r"needs tpuspec >= 7.1.0: it has format 3, and this is tpuspec \d"):
         _load(checkpoint)
     with pytest.raises(CheckpointError, match=r"needs tpuspec >= 7.1.0"):
         CheckpointStore(checkpoint.parent).latest()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 
 from tpuspec.checkpoint.folder import CHECKPOINT_NAME, Location
-from tpuspec.checkpoint.format import MODEL, Reader
+from tpuspec.checkpoint.format import MODEL
+from tpuspec.checkpoint.reader import Reader
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError, ConfigError
 
@@ -71,11 +73,11 @@ def _show(path: str) -> int:
     if folder is None:
         raise CheckpointError(f"{path!r} is no checkpoint and holds none that is whole.")
     with Reader.open(folder) as reader:
-        manifest, (tensors,) = reader.manifest, reader.tensors(MODEL)
+        manifest, entries = reader.manifest, reader.entries(MODEL)
     print(f"{folder}: step {manifest.global_step}, tpuspec {manifest.tpuspec_version}, "
-          f"{sum(tensor.numel() for tensor in tensors.values()):,} numbers in the model")
-    for name, tensor in tensors.items():
-        print(f"  {name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+          f"{sum(math.prod(entry.shape) for entry in entries.values()):,} numbers in the model")
+    for name, entry in entries.items():
+        print(f"  {name}  {str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}")
     return DONE
 
 

@@ -32,7 +32,7 @@ WriteFile = Callable[[str, Iterable[bytes | memoryview]], Written]
 
 
 class OpenFile(Protocol):
-    """A file that is read from its start."""
+    """A file that is read from its start, or from where `seek` says."""
 
     @property
     def size(self) -> int:
@@ -46,6 +46,10 @@ class OpenFile(Protocol):
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads the next bytes into a buffer and returns their number; 0 at the end."""
+        ...
+
+    def seek(self, place: int) -> None:
+        """Goes on with the byte of this number."""
         ...
 
 
@@ -104,15 +108,45 @@ class Storage(Protocol):
         """Returns the space that is left; None where there is no such bound."""
         ...
 
-    def commit(self, name: str, write: Callable[[WriteFile], None]) -> None:
+    def commit(self, name: str, write: Callable[[WriteFile, str], None]) -> None:
         """Makes one, in place of one of that name; at every moment the old or the new is whole.
 
         Args:
           name: of the folder.
-          write: writes the files; the last one is the manifest.
+          write: writes the files; the last one is the manifest. It is told, too, by what other processes name the
+            place to `writes_beside`.
 
         Raises:
           OSError: it could not be written; what was there is untouched.
+        """
+        ...
+
+    def writes_beside(self, name: str, place: str) -> WriteFile:
+        """Returns what adds files to one that another process is committing.
+
+        Args:
+          name: of the folder.
+          place: as that process was told.
+        """
+        ...
+
+    def mark(self, token: str) -> None:
+        """Leaves an empty file in model_dir, by which others see that they look into the same folder.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        ...
+
+    def is_marked(self, token: str) -> bool:
+        """Whether that file is there."""
+        ...
+
+    def unmark(self, token: str) -> None:
+        """Removes it.
+
+        Raises:
+          OSError: it cannot be removed.
         """
         ...
 

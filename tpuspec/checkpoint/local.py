@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 from tpuspec.checkpoint.commit import commit, discard, sweep
-from tpuspec.checkpoint.disk import write_file
+from tpuspec.checkpoint.disk import remove, write_file
 from tpuspec.checkpoint.folder import CHECKPOINT_NAME, OpenFile, WriteFile
 from tpuspec.checkpoint.lock import writer_lock
 from tpuspec.checkpoint.manifest import MANIFEST_FILE
@@ -33,6 +33,10 @@ class LocalFile:
     def readinto(self, buffer: memoryview) -> int:
         """Reads the next bytes."""
         return os.readv(self._descriptor, [buffer])
+
+    def seek(self, place: int) -> None:
+        """Goes on with the byte of this number."""
+        os.lseek(self._descriptor, place, os.SEEK_SET)
 
 
 class LocalFolder:
@@ -121,9 +125,28 @@ class LocalStorage:
         """Returns what the disk has left."""
         return shutil.disk_usage(self.location).free
 
-    def commit(self, name: str, write: Callable[[WriteFile], None]) -> None:
+    def commit(self, name: str, write: Callable[[WriteFile, str], None]) -> None:
         """Writes beside the target, then renames."""
-        commit(self.path(name), lambda folder: write(lambda file, chunks: write_file(folder / file, chunks)))
+        commit(self.path(name), lambda folder: write(self.writes_beside(name, folder.name), folder.name))
+
+    def writes_beside(self, name: str, place: str) -> WriteFile:
+        """Returns what writes into the folder that is to be renamed."""
+        return lambda file, chunks: write_file(self.location / place / file, chunks)
+
+    def mark(self, token: str) -> None:
+        """Makes a file that a sweep removes."""
+        write_file(self._mark(token), [])
+
+    def is_marked(self, token: str) -> bool:
+        """Whether it is there."""
+        return self._mark(token).exists()
+
+    def unmark(self, token: str) -> None:
+        """Removes it."""
+        remove(self._mark(token))
+
+    def _mark(self, token: str) -> Path:
+        return self.location / f".tmp-mark-{token}"
 
     def discard(self, name: str) -> None:
         """Deletes a checkpoint that nobody reads."""

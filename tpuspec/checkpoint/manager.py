@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from tpuspec.checkpoint.background import BackgroundSave
 from tpuspec.checkpoint.folder import InUseError, Location
+from tpuspec.checkpoint.joint import JointSave
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
@@ -20,14 +22,15 @@ class CheckpointManager:
       save_policy: when; the caller asks it, `save` marks it.
       retention: which stay.
       background: writes while training goes on; None writes at once.
+      join: makes the save of all processes, each of which has a manager then; None where this one saves alone.
     """
 
     def __init__(self, store: CheckpointStore, save_policy: SavePolicy, retention: RetentionPolicy,
-                 background: BackgroundSave | None = None) -> None:
+                 background: BackgroundSave | None = None, join: Callable[[], JointSave] | None = None) -> None:
         self.store = store
         self.save_policy = save_policy
         self.retention = retention
-        self._background = background
+        self._background, self._join = background, join
         self._is_closed = False
 
     def save(self, state: TrainingState, *, wait: bool = True) -> Location:
@@ -47,18 +50,20 @@ class CheckpointManager:
         """
         if self._is_closed:
             raise CheckpointError("The checkpoint manager is closed; save before close().")
+        joint = None if self._join is None else self._join()
         if self._background is None:
-            self._write(state)
+            self._write(state, joint)
         else:
-            self._background.start(state.global_step, lambda: self._write(state))
+            self._background.start(state.global_step, lambda: self._write(state, joint))
             if wait:
                 self._background.wait()
         self.save_policy.saved(state.global_step)
         return self.store.path(state.global_step)
 
-    def _write(self, state: TrainingState) -> None:
-        self.store.save(state)
-        self._retain(state.global_step)
+    def _write(self, state: TrainingState, joint: JointSave | None) -> None:
+        self.store.save(state, joint)
+        if joint is None or joint.leads:
+            self._retain(state.global_step)
 
     def check(self) -> None:
         """Raises the error of a save under way, without waiting for it."""

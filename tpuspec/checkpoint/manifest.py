@@ -11,10 +11,11 @@ from typing import Any
 
 from tpuspec.errors import CheckpointError
 
-FORMAT_VERSION = 1
+# 2 has an index of pieces; without one, 1 is written, which older ones read.
+FORMAT_VERSION = 2
 # The first tpuspec that reads FORMAT_VERSION; raise both together.
 NEEDS_TPUSPEC = "0.1.0"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.json"
 MAX_MANIFEST_BYTES = 1 << 20
 # A plain name: no separator, no leading dot or dash, so that it names nothing outside the folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
@@ -59,7 +60,8 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Returns the file: JSON that begins with the checksum of what follows."""
-    body = {"format_version": FORMAT_VERSION, "needs_tpuspec": NEEDS_TPUSPEC} | dataclasses.asdict(manifest)
+    version = FORMAT_VERSION if INDEX_FILE in manifest.files else 1
+    body = {"format_version": version, "needs_tpuspec": NEEDS_TPUSPEC} | dataclasses.asdict(manifest)
     return _seal(body)
 
 

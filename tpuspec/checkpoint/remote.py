@@ -63,6 +63,10 @@ class RemoteFile:
         self._place += len(data)
         return len(data)
 
+    def seek(self, place: int) -> None:
+        """Goes on with the byte of this number."""
+        self._place = place
+
 
 class RemoteFolder:
     """One generation of a folder; see `Folder`."""
@@ -152,20 +156,41 @@ class RemoteStorage:
         """Returns None."""
         return None
 
-    def commit(self, name: str, write: Callable[[WriteFile], None]) -> None:
+    def commit(self, name: str, write: Callable[[WriteFile, str], None]) -> None:
         """Writes the next generation of a folder, its manifest last, and deletes the one before."""
         folder = self._at(name)
         before = _generations(list_names(self._fs, folder))
         prefix = _prefix(before[-1] + 1 if before else 0)
-
-        def write_file(file: str, chunks: Iterable[bytes | memoryview]) -> Written:
-            return self._write(f"{folder}/{prefix}{file}", chunks, is_commit=file == MANIFEST_FILE)
-
         with as_os_errors():
             self._fs.makedirs(folder, exist_ok=True)
-        write(write_file)
+        write(self.writes_beside(name, prefix), prefix)
         with contextlib.suppress(OSError):  # it is committed; a later sweep deletes
             self._clean(name)
+
+    def writes_beside(self, name: str, place: str) -> WriteFile:
+        """Returns what writes files of a generation, whose prefix is `place`."""
+        def write_file(file: str, chunks: Iterable[bytes | memoryview]) -> Written:
+            return self._write(f"{self._at(name)}/{place}{file}", chunks, is_commit=file == MANIFEST_FILE)
+
+        return write_file
+
+    def mark(self, token: str) -> None:
+        """Makes an object."""
+        with as_os_errors():
+            self._fs.pipe_file(self._mark(token), b"")
+
+    def is_marked(self, token: str) -> bool:
+        """Whether it is there."""
+        with as_os_errors():
+            return f".mark-{token}" in list_names(self._fs, self._path)
+
+    def unmark(self, token: str) -> None:
+        """Removes it."""
+        with as_os_errors():
+            self._fs.rm_file(self._mark(token))
+
+    def _mark(self, token: str) -> str:
+        return f"{self._path}/.mark-{token}"
 
     def discard(self, name: str) -> None:
         """Deletes the manifests, oldest first, then the files, unless somebody reads them."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tpuspec.checkpoint.tensors import DTYPE_NAMES
 from tpuspec.errors import CheckpointError
+from tpuspec.spec.pieces import Pieces
 
 # safetensors keeps its own remarks under this name.
 _RESERVED_NAME = "__metadata__"
@@ -25,36 +28,44 @@ class TrainingState:
 
     Attributes:
       global_step: completed updates.
-      model: state dict of the module; empty where there is none.
+      model: state dict of the module; empty where there is none. Here and in `optimizers` a tensor may be `Pieces`,
+        where a process saves with others, or `StoredTensor`, as `read_stored` returns it.
       optimizers: optimizer name -> its state dict; '' names the only one.
       extra: any tree that `pack` takes: random state, the input position and the like.
+      source: keeps what stored tensors are read from open within a `with` block.
 
     Raises:
       CheckpointError: `global_step` is no count, or `model` holds something else than tensors.
     """
 
     global_step: int
-    model: dict[str, Tensor] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    source: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether this process has less than the whole of some tensor."""
+        return any(isinstance(leaf, Pieces) for leaf in pytree.tree_leaves([self.model, self.optimizers]))
 
     def __post_init__(self) -> None:
         step = self.global_step
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise CheckpointError(f"The global_step of a checkpoint must be an int >= 0; got {step!r}.")
         for name, value in self.model.items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor | Pieces) and not hasattr(value, "read"):
                 raise CheckpointError(
                     f"A checkpoint holds the tensors of a model only; its state dict has {type(value).__name__} at "
                     f"{name!r}. Keep it in a buffer in place of get_extra_state, or leave it out in Scaffold.saver.")
 
 
-def pack(tree: object, root: str = "tree") -> tuple[Any, dict[str, Tensor]]:
+def pack(tree: object, root: str = "tree") -> tuple[Any, dict[str, Any]]:
     """Splits a tree into what JSON can hold and the tensors, which it names by their place.
 
     Args:
-      tree: any nesting of dict (keys int or str), list, tuple, None, bool, int, float, str, numpy scalar and host
-        tensor.
+      tree: any nesting of dict (keys int or str), list, tuple, None, bool, int, float, str, numpy scalar, host tensor
+        and `Pieces`.
       root: what errors call the tree.
 
     Returns:
@@ -64,19 +75,19 @@ def pack(tree: object, root: str = "tree") -> tuple[Any, dict[str, Tensor]]:
     Raises:
       CheckpointError: something else is in the tree; names its place.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     skeleton = _split(tree, (), tensors, root)
     return skeleton, storable_tensors(tensors, root)
 
 
-def _split(tree: object, path: tuple[int | str, ...], tensors: dict[str, Tensor], root: str) -> Any:
+def _split(tree: object, path: tuple[int | str, ...], tensors: dict[str, Any], root: str) -> Any:
     # Exact types: a subclass (a namedtuple, an enum) would come back as something else.
     kind = type(tree)
     if tree is None or kind in (bool, int, str):
         return tree
     if isinstance(tree, float) and kind is float:
         return tree if math.isfinite(tree) else {"float": repr(tree)}
-    if isinstance(tree, Tensor):
+    if isinstance(tree, Tensor | Pieces):
         name = _tensor_name(path, tensors)
         tensors[name] = tree
         return {"tensor": name}
@@ -106,7 +117,7 @@ def _place(root: str, path: tuple[int | str, ...]) -> str:
     return root + "".join(f"[{key!r}]" for key in path)
 
 
-def _tensor_name(path: tuple[int | str, ...], taken: dict[str, Tensor]) -> str:
+def _tensor_name(path: tuple[int | str, ...], taken: Mapping[str, Any]) -> str:
     name = ".".join(str(key) for key in path if key != "").encode("utf-8", "backslashreplace").decode()
     unique, number = name, 2
     while unique in taken or unique == _RESERVED_NAME:
@@ -114,19 +125,25 @@ def _tensor_name(path: tuple[int | str, ...], taken: dict[str, Tensor]) -> str:
     return unique
 
 
-def storable_tensors(tensors: Mapping[str, Tensor], root: str) -> dict[str, Tensor]:
+def storable_tensors(tensors: Mapping[str, Any], root: str) -> dict[str, Any]:
     """Returns the tensors as safetensors wants them: contiguous, no two in the same memory.
 
     Args:
-      tensors: name -> host tensor; tied weights may be the same one under two names.
+      tensors: name -> host tensor, or `Pieces`; tied weights may be the same one under two names.
       root: what errors call the tensors.
 
     Raises:
       CheckpointError: a tensor is not on the host, not dense, of a dtype that cannot be stored, or badly named.
     """
-    result: dict[str, Tensor] = {}
+    result: dict[str, Any] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
+        if isinstance(tensor, Pieces):  # each in memory of its own, as it came from the devices
+            for piece in tensor.pieces:
+                _check_storable(name, piece.tensor, root)
+            result[name] = replace(tensor, pieces=tuple(
+                replace(piece, tensor=piece.tensor.contiguous()) for piece in tensor.pieces))
+            continue
         _check_storable(name, tensor, root)
         # A conjugate or negated view has a flag in place of the values; safetensors would store the values without it.
         value = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -149,7 +166,7 @@ def _check_storable(name: str, tensor: Tensor, root: str) -> None:
         raise CheckpointError(f"{where} has dtype {tensor.dtype}, which a checkpoint cannot hold; store it as another.")
 
 
-def unpack(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(skeleton: Any, tensors: Mapping[str, Any]) -> Any:
     """Joins what `pack` split.
 
     Raises:

@@ -7,23 +7,28 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 from tpuspec.checkpoint.folder import CHECKPOINT_NAME, InUseError, Location, WriteFile
 from tpuspec.checkpoint.format import (
     MAX_SHARD_BYTES,
     MODEL,
     OPTIMIZER,
-    Reader,
-    is_complete,
+    is_finite,
     tpuspec_version,
     write_files,
+    write_index,
 )
+from tpuspec.checkpoint.index import Part, write_part
+from tpuspec.checkpoint.joint import JointSave
 from tpuspec.checkpoint.location import open_storage, resolve
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
+from tpuspec.checkpoint.reader import Reader, is_complete
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
+from tpuspec.checkpoint.stored import read_stored
 from tpuspec.checkpoint.writable import NO_ROOM, how_to_mend
 from tpuspec.errors import CheckpointError, ConfigError
+from tpuspec.spec.pieces import Pieces
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +204,12 @@ class CheckpointStore:
                 self._verified[os.fspath(path)] = fingerprint
             return reader.manifest
 
-    def save(self, state: TrainingState) -> Location:
+    def save(self, state: TrainingState, joint: JointSave | None = None) -> Location:
         """Commits a checkpoint; one of the same step is replaced. All of `state` was read when it returns.
+
+        Args:
+          state: all of it; or, with others, what this process has, of which the chief's counts where all have it.
+          joint: the save of all processes; None where this one saves alone.
 
         Returns:
           The folder of the checkpoint.
@@ -211,20 +220,43 @@ class CheckpointStore:
         name = _name(state.global_step)
         model = storable_tensors(state.model, "model")
         values, tensors = pack({"optimizers": state.optimizers, "extra": state.extra}, "state")
+        own = {} if joint is None else {MODEL: joint.own_pieces(model), OPTIMIZER: joint.own_pieces(tensors)}
+        if joint is not None and not joint.leads:
+            joint.follow(lambda place: self._write_part(self._storage.writes_beside(name, place), joint, own))
+            return self.path(state.global_step)
         now = self._clock()
         started = self.started_at_seconds()
         manifest = Manifest(
             global_step=state.global_step, saved_at_seconds=now, started_at_seconds=now if started is None else started,
             is_finite=True, tpuspec_version=tpuspec_version(), files={})
-        self._commit(
-            name, lambda write: write_files(write, manifest, values, model, tensors, self._max_shard_bytes),
-            num_bytes=sum(t.nbytes for t in (*model.values(), *tensors.values())))
+
+        def write(write_file: WriteFile, place: str) -> None:
+            if joint is None:
+                return write_files(write_file, manifest, values, model, tensors, self._max_shard_bytes)
+            joint.begin(place)
+            try:
+                part = self._write_part(write_file, joint, own)
+            finally:
+                others = joint.gather()  # none of them writes when another place is named
+            for other in others:
+                part.add(other)
+            return write_index(write_file, manifest, values, part)
+
+        with joint.ending() if joint is not None else contextlib.nullcontext():
+            self._commit(name, write, num_bytes=sum(value.nbytes for tensors_of_part in (
+                own.values() if joint is not None else (model, tensors)) for value in tensors_of_part.values()))
         if not self._storage.reads_back:
             with Reader.open(self.path(state.global_step)) as reader:
                 self._verified[os.fspath(self.path(state.global_step))] = (repr(reader.manifest), reader.fingerprint())
         return self.path(state.global_step)
 
-    def _commit(self, name: str, write: Callable[[WriteFile], None], *, num_bytes: int) -> None:
+    def _write_part(self, write_file: WriteFile, joint: JointSave, own: Mapping[str, Mapping[str, Pieces]]) -> Part:
+        part = write_part(write_file, joint.number, own, self._max_shard_bytes)
+        part.is_finite = all(is_finite({name: piece.tensor}) for name, value in own[MODEL].items()
+                             for piece in value.pieces)
+        return part
+
+    def _commit(self, name: str, write: Callable[[WriteFile, str], None], *, num_bytes: int) -> None:
         failed = f"The checkpoint {name} could not be written to {str(self.model_dir)!r}; the earlier ones are "
         failed += "untouched."
         free: int | None = None
@@ -272,6 +304,36 @@ class CheckpointStore:
             model, tensors = reader.tensors(MODEL, OPTIMIZER)
             rest = unpack(reader.values(), tensors)
             return TrainingState(global_step=step, model=model, optimizers=rest["optimizers"], extra=rest["extra"])
+
+    def load_stored(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
+        """As `load`, but tensors of several elements are read when a part of them is asked for, and not checked.
+
+        Args:
+          path: of a checkpoint that was verified.
+          optimizers: as in `load`.
+        """
+        with Reader.open(path) as reader:
+            manifest = reader.manifest
+        return read_stored(path, manifest, optimizers=optimizers)
+
+    def mark(self, token: str) -> None:
+        """Leaves a file in model_dir by which others see that they look into the same folder; `unmark` removes it."""
+        self._storage.mark(token)
+
+    def is_marked(self, token: str) -> bool:
+        """Whether that file is there, and this process may write beside it."""
+        try:
+            if not self._storage.is_marked(token):
+                return False
+            self._storage.check_writable()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def unmark(self, token: str) -> None:
+        """Removes the file."""
+        with contextlib.suppress(OSError):  # a sweep may have been here
+            self._storage.unmark(token)
 
     def delete(self, step: int) -> None:
         """Deletes the checkpoint of `step`.

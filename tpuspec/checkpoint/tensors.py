@@ -11,6 +11,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 _ALIGNMENT = 8
 _LENGTH_BYTES = 8
@@ -49,7 +50,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         if tensors[name].numel():
-            yield _bytes_of(tensors[name])
+            yield bytes_of(tensors[name])
 
 
 def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -75,29 +76,55 @@ def read_tensors(fill: Callable[[memoryview], None], size: int) -> dict[str, Ten
     Raises:
       ValueError: it is no such file; no more memory was taken than the file has bytes.
     """
-    header, num_bytes = _read_header(fill, size)
-    tensors, end = {}, 0
-    for name, dtype, shape, start, stop in sorted(header, key=lambda entry: entry[3:]):
+    header, names = read_header(fill, size)
+    tensors = {}
+    for entry in header:
+        tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.stop > entry.start:
+            fill(bytes_of(tensors[entry.name]))
+    return {name: tensors[name] for name in names}
+
+
+class HeaderEntry(NamedTuple):
+    """A tensor of a file: its dtype and shape, its first byte, and the one after its last."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(fill: Callable[[memoryview], None], size: int) -> tuple[list[HeaderEntry], list[str]]:
+    """Reads where the tensors of a safetensors file lie.
+
+    Args:
+      fill, size: as in `read_tensors`.
+
+    Returns:
+      The tensors in the order of their bytes; their names in the order of the header.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    found, num_bytes = _parse_header(fill, size)
+    first, end = size - num_bytes, 0
+    for name, dtype, shape, start, stop in (entries := sorted(found, key=lambda entry: entry[3:])):
         # Each begins where the one before ends, as in every valid file: none overlaps, none lies outside.
         if start != end or stop > num_bytes:
             raise ValueError(f"{name!r} has bytes {start} to {stop}, behind {end} of {num_bytes}")
         sides = all(type(side) is int and side >= 0 for side in shape)
         if not sides or math.prod(shape) * dtype.itemsize != stop - start:
-            raise ValueError(f"{name!r}, {dtype} {shape}, does not have {stop - start} bytes")
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        if stop > start:
-            fill(_bytes_of(tensors[name]))
+            raise ValueError(f"{name!r}, {dtype} {list(shape)}, does not have {stop - start} bytes")
         end = stop
     if end != num_bytes:
         raise ValueError(f"its tensors have {end} bytes, and the file {num_bytes}")
-    return {name: tensors[name] for name, *_ in header}
+    return [entry._replace(start=entry.start + first, stop=entry.stop + first) for entry in entries], [
+        entry.name for entry in found]
 
 
-_Entry = tuple[str, torch.dtype, list[int], int, int]
-
-
-def _read_header(fill: Callable[[memoryview], None], size: int) -> tuple[list[_Entry], int]:
-    """Returns name, dtype, shape, first byte and end of each tensor, and the bytes of all of them."""
+def _parse_header(fill: Callable[[memoryview], None], size: int) -> tuple[list[HeaderEntry], int]:
+    """Returns the tensors, with bytes counted after the header, and the bytes of all of them."""
     if size < _LENGTH_BYTES:
         raise ValueError(f"it has {size} bytes")
     length_bytes = bytearray(_LENGTH_BYTES)
@@ -113,12 +140,13 @@ def _read_header(fill: Callable[[memoryview], None], size: int) -> tuple[list[_E
         entries = []
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            entries.append((name, _DTYPES[entry["dtype"]], list(entry["shape"]), operator.index(start),
-                            operator.index(stop)))
+            entries.append(HeaderEntry(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), operator.index(start),
+                                       operator.index(stop)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is none: {type(error).__name__} {error}") from error
     return entries, size - _LENGTH_BYTES - length
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous host tensor, which has elements."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tpuspec.spec.engine import OfStep
+from tpuspec.spec.pieces import Piece, Pieces
 
 _FEW_BYTES = 1 << 16
 _OF_NUMPY = frozenset({torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -34,6 +35,28 @@ def fetch(arrays: Sequence[Any]) -> list[Tensor]:
             array.copy_to_host_async()
     tensors = {number: _tensor(array) for number, array in several.items()}
     return [tensors[id(array.array)][array.step] if isinstance(array, OfStep) else _tensor(array) for array in arrays]
+
+
+def fetch_pieces(arrays: Sequence[Any]) -> list[Tensor | Pieces]:
+    """Copies to the host what this process has of arrays; waits for the programs that compute them.
+
+    Returns:
+      Tensors of those that it has whole; of the others its pieces, but no second copy of what another process has.
+    """
+    shards = [[] if array.is_fully_replicated else [
+        shard for shard in array.addressable_shards if shard.replica_id == 0] for array in arrays]
+    for shard in (shard for own in shards for shard in own):
+        shard.data.copy_to_host_async()
+    return [_tensor(array.addressable_data(0)) if array.is_fully_replicated else Pieces(
+        torch.Size(array.shape), _dtype(array), tuple(
+            Piece(tuple(part.start or 0 for part in shard.index), _tensor(shard.data)) for shard in own))
+        for array, own in zip(arrays, shards, strict=True)]
+
+
+def _dtype(array: Any) -> torch.dtype:
+    if array.dtype == jax.numpy.bfloat16:
+        return torch.bfloat16
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def _tensor(array: Any) -> Tensor:

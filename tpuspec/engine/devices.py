@@ -12,11 +12,12 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor
 
-from tpuspec.engine.arrays import fetch, host_array
+from tpuspec.engine.arrays import fetch, fetch_pieces, host_array
 from tpuspec.engine.collectives import over_replicas
 from tpuspec.engine.executable import Form, as_exported, compile_loop, compile_step, has_convolutions, num_compiles
 from tpuspec.spec.engine import OWN, WHOLE, Layout, Run
 from tpuspec.spec.phase import in_phase
+from tpuspec.spec.pieces import Pieces, Stored
 
 _REPLICA = "replica"
 
@@ -30,6 +31,7 @@ class OneDevice:
 
     num_replicas = num_devices = 1
     batches_are_outputs = True
+    splits_state = False
 
     def __init__(self, devices: Sequence[Any]) -> None:
         self._devices = list(devices)
@@ -74,6 +76,17 @@ class OneDevice:
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         """As `fetch`: there is one replica."""
         return self.fetch(arrays)
+
+    def fetch_pieces(self, arrays: Sequence[Any]) -> list[Tensor | Pieces]:
+        """Copies to the host what this process has of arrays."""
+        return fetch_pieces(arrays)
+
+    def put_stored(self, stored: Sequence[Stored], dtypes: Sequence[torch.dtype], layouts: Sequence[Layout],
+                   ) -> list[Any]:
+        """Reads from a checkpoint what the devices of this process take, and sends it there."""
+        with jax.enable_x64(True):
+            return [_of_stored(each, dtype, self._place(layout))
+                    for each, dtype, layout in zip(stored, dtypes, layouts, strict=True)]
 
     def sums(self, arrays: Sequence[Any]) -> Tensor:
         """Returns the sums of values and of sizes of arrays, float32 [1, arrays, 2]."""
@@ -254,6 +267,19 @@ class Replicas(Several):
     def _place(self, layout: Layout, *, stacked: bool = False) -> Any:
         axes = [_REPLICA] if layout.is_own else []
         return NamedSharding(self._mesh, PartitionSpec(*([None] if stacked and axes else []), *axes))
+
+
+def _of_stored(stored: Stored, dtype: torch.dtype, place: Any) -> Any:
+    read: dict[tuple[tuple[int | None, int | None], ...], Any] = {}
+
+    def part(index: tuple[slice, ...] | None) -> Any:
+        assert index is not None
+        key = tuple((each.start, each.stop) for each in index)
+        if key not in read:  # several devices may have it
+            read[key] = np.asarray(host_array(stored.read(index).to(dtype)))
+        return read[key]
+
+    return jax.make_array_from_callback(tuple(stored.shape), place, part)
 
 
 def _is_own(array: Any) -> bool:

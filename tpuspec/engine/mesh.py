@@ -40,6 +40,7 @@ class DeviceMesh(Several):
 
     def __init__(self, devices: Sequence[Any], axes: Mapping[str, int], parts: Sequence[Sequence[int]] = ()) -> None:
         super().__init__(devices)
+        self.splits_state = not self._is_local
         self._num_rows = axes.get(DATA_AXIS, 1)
         cores = {axis: size for axis, size in axes.items() if axis != DATA_AXIS}
         self._pieces, sizes = _pieces_of(cores, parts)

@@ -33,6 +33,13 @@ class Alone:
     def report(self, error: BaseException, phase: str) -> None:
         """There is nobody to tell."""
 
+    def post(self, name: str, text: str) -> None:
+        """There is nobody to read it."""
+
+    def read_post(self, name: str, *, remove: bool = False) -> str | None:
+        """Nobody leaves anything."""
+        return None
+
     def share(self, tree: T) -> T:
         """Returns the tree."""
         return tree

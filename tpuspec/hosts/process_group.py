@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,6 +76,19 @@ class NetworkCoordinator:
             text = (str(error).splitlines() or [""])[0]
             self._health.report(phase_of(error, phase), f"{type(error).__name__}: {text}")
 
+    def post(self, name: str, text: str) -> None:
+        with _store_reached():
+            self._store.set(f"post/{name}", text)
+
+    def read_post(self, name: str, *, remove: bool = False) -> str | None:
+        with _store_reached():
+            if not self._store.check([key := f"post/{name}"]):
+                return None
+            text = self._store.get(key).decode()
+            if remove:
+                self._store.delete_key(key)
+        return text
+
     def share(self, tree: T) -> T:
         return self.collectives.share(tree)
 
@@ -94,6 +107,14 @@ class NetworkCoordinator:
     def close(self) -> None:
         """Says goodbye to the others."""
         self._health.close()
+
+
+@contextlib.contextmanager
+def _store_reached() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise HostFailureError(f"the first host does not answer: {str(error).splitlines()[0]}") from error
 
 
 def join(config: RunConfig, device: torch.device) -> NetworkCoordinator:

@@ -1,15 +1,22 @@
-"""Checkpoints on several hosts: the chief reads and writes them, and the others get what it has read."""
+"""Checkpoints on several hosts: the chief reads and writes them, and the others get what it has read.
+
+A state that is split over the hosts is read and written by each, where all of them see the chief's folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import zlib
 from collections.abc import Iterator
 
 from tpuspec.checkpoint.folder import Location
 from tpuspec.checkpoint.location import resolve
+from tpuspec.checkpoint.reader import Reader
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.errors import CheckpointError
 from tpuspec.spec.coordinator import Coordinator
 
 
@@ -59,6 +66,31 @@ class ChiefStore(CheckpointStore):
 
     def read_step(self, path: str | os.PathLike[str]) -> int:
         return self._coordinator.share(self._store.read_step(path) if self._coordinator.is_chief else 0)
+
+    def is_shared(self) -> bool:
+        """Whether every host sees the chief's folder, and may write there."""
+        token = self._coordinator.exchange(secrets.token_hex(4), name="a mark in model_dir")[0]
+        if self._coordinator.is_chief:
+            self._store.mark(token)
+        try:
+            self._coordinator.exchange(None, name="the mark is there")
+            return all(self._coordinator.exchange(self._store.is_marked(token), name="who sees the mark"))
+        finally:
+            if self._coordinator.is_chief:
+                self._store.unmark(token)
+
+    def load_stored(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
+        """As `load`; but where every host sees the checkpoint, tensors are read when a part of them is asked for."""
+        seen = None
+        if self._coordinator.is_chief:
+            seen = repr(self._store.verify(path))
+        else:
+            with contextlib.suppress(CheckpointError), Reader.open(path) as reader:
+                seen = repr(reader.manifest)
+        crc32 = None if seen is None else zlib.crc32(seen.encode())
+        if len(set(self._coordinator.exchange(crc32, name="who sees the checkpoint"))) > 1:
+            return self.load(path, optimizers=optimizers)
+        return self._store.load_stored(path, optimizers=optimizers)
 
     def load(self, path: str | os.PathLike[str], *, optimizers: bool = True) -> TrainingState:
         tree = None

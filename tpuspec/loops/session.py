@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tpuspec.checkpoint.restore import check_fits, load_into_module
 from tpuspec.checkpoint.state import TrainingState
+from tpuspec.checkpoint.stored import read_all
 from tpuspec.data.random_state import ProcessRandomState
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.loops.learning_rates import LearningRateSchedules
@@ -30,10 +31,13 @@ from tpuspec.loops.optimizer_state import (
 )
 from tpuspec.loops.random_state import collect_positions
 from tpuspec.loops.shared_memory import check_memory
+from tpuspec.loops.split_state import StoredOptimizer, load_stored_model
 from tpuspec.precision import Precision, cast_module
 from tpuspec.spec.backend import Backend, CompiledStep, Replica, StepFunction
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -289,36 +293,52 @@ class Session:
             for tensors, values in zip(buffers, own, strict=True):
                 _copy_into(tensors, values)
 
-    def model_state(self, scaffold: Scaffold | None = None) -> dict[str, Tensor]:
+    def model_state(self, scaffold: Scaffold | None = None, *, in_pieces: bool = False) -> dict[str, Any]:
         """Reads the module's state dict to the host, or what the scaffold's saver gives instead."""
         if self.module is None:
             return {}
         read = scaffold.saver if scaffold is not None and scaffold.saver is not None else nn.Module.state_dict
         state = dict(read(self.module))
-        return _own(self.backend.fetch(state), state)
+        return _own(self._fetch(state, in_pieces), state)
 
-    def training_state(self, scaffold: Scaffold, of_input: ProcessRandomState | None = None) -> TrainingState:
-        """Reads everything that a later run goes on from; see read_random_state."""
+    def _fetch(self, tree: T, in_pieces: bool) -> T:
+        split = self.backend.split_state if in_pieces else None
+        return self.backend.fetch(tree) if split is None else split.fetch_pieces(tree)
+
+    def training_state(self, scaffold: Scaffold, of_input: ProcessRandomState | None = None, *,
+                       in_pieces: bool = False) -> TrainingState:
+        """Reads everything that a later run goes on from; see read_random_state.
+
+        Args:
+          scaffold: may read the module itself.
+          of_input: random state of the process, as in read_random_state.
+          in_pieces: whether tensors that are split over hosts come as `Pieces`.
+        """
         optimizers = {name: read_optimizer(optimizer, self._asked[name], self.module)
                       for name, optimizer in self.replicas[0].optimizers.items()}
         extra = collect_positions(self.backend, self.input_position, of_input)
         if statistics := self.backend.statistics():
             extra["statistics"] = statistics
-        return TrainingState(global_step=self.global_step, model=self.model_state(scaffold),
-                             optimizers=_own(self.backend.fetch(optimizers), optimizers), extra=extra)
+        return TrainingState(global_step=self.global_step, model=self.model_state(scaffold, in_pieces=in_pieces),
+                             optimizers=_own(self._fetch(optimizers, in_pieces), optimizers), extra=extra)
 
-    def load_model(self, tensors: dict[str, Tensor], scaffold: Scaffold | None = None) -> None:
+    def load_model(self, tensors: Mapping[str, Any], scaffold: Scaffold | None = None) -> None:
         """Loads a module's state dict on every replica.
 
         Raises:
           CheckpointError: names or shapes differ.
         """
+        if (scaffold is None or scaffold.restore is None) and self.module is not None:
+            check_fits(self.module, tensors)
+            if load_stored_model(self.backend, self.replicas[0], tensors):
+                return
+        whole: dict[str, Tensor] = read_all(dict(tensors))
         for replica in self.replicas:
             if scaffold is not None and scaffold.restore is not None and replica.model is not None:
-                scaffold.restore(replica.model, tensors)
+                scaffold.restore(replica.model, whole)
             elif replica.model is not None:
-                load_into_module(replica.model, tensors)
-            elif tensors:
+                load_into_module(replica.model, whole)
+            elif whole:
                 raise CheckpointError("Restoring from checkpoint failed: it holds a module's tensors, but the Trainer "
                                       "has no model.")
 
@@ -328,6 +348,10 @@ class Session:
         Raises:
           CheckpointError: they do not fit; nothing was loaded then.
         """
+        with state.source:
+            self._load_training_state(state, scaffold)
+
+    def _load_training_state(self, state: TrainingState, scaffold: Scaffold) -> None:
         if self.module is not None and scaffold.restore is None:
             check_fits(self.module, state.model)
             _tell_of_dtypes(self.module, state.model)
@@ -347,8 +371,10 @@ class Session:
             self._schedules.move_to(state.global_step)
         for replica in self.replicas:
             for name, optimizer in replica.optimizers.items():
-                load_optimizer(name, optimizer, state.optimizers[name], asked=self._asked[name],
+                stored = StoredOptimizer(self.backend, optimizer, state.optimizers[name])
+                load_optimizer(name, optimizer, stored.saved, asked=self._asked[name],
                                is_scheduled=self._schedules is not None, tell=replica is self.replicas[0])
+                stored.fill(replica)
         self.set_global_step(state.global_step)
         self.input_position, self.random_state = state.extra.get("input"), state.extra.get("random")
 

@@ -128,8 +128,9 @@ class TrainLoop:
             begun, first = self.clock(), session.global_step
             input_ended, last_outputs = self._run_steps(size)
             is_due = self.saver.is_due(session.global_step)
-            if self.hooks.are_any or is_due or self.drift.compares:  # nobody else reads modules and optimizers
-                self.step.publish()
+            is_read = self.hooks.are_any or self.drift.compares or (is_due and self.saver.reads_tensors)
+            if is_read or is_due:  # nobody else reads modules and optimizers
+                self.step.publish(readable=is_read)
             self.sizer.finished(self.clock() - begun, session.global_step - first)
             self.drift.at_boundary(session.global_step)
             if is_due:

@@ -28,7 +28,9 @@ def read_for_training(session: Session, store: CheckpointStore) -> TrainingState
             raise CheckpointError(f"All checkpoints in {store.model_dir} are damaged ({steps}); training from the "
                                   "start would bury them. Put a whole one back, or use another model_dir.")
         return None
-    return store.load(path) if not session.has_state or store.read_step(path) > session.global_step else None
+    if session.has_state and store.read_step(path) <= session.global_step:
+        return None
+    return store.load(path) if session.backend.split_state is None else store.load_stored(path)
 
 
 def restore_for_training(session: Session, state: TrainingState | None, scaffold: Scaffold) -> None:

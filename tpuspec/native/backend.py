@@ -41,6 +41,7 @@ class NativeBackend:
 
     step_kind = "eager"
     static_shapes = False
+    split_state = None
     coordinator: Coordinator = Alone()
     _device = torch.device("cpu")
     _group: NetworkCoordinator | None = None
@@ -212,7 +213,7 @@ class EagerStep:
                        for replica, batch in zip(self.replicas, batches, strict=True)]
         return outputs if self.group is None else self._to_chief(outputs[0], self.group)
 
-    def publish(self) -> None:
+    def publish(self, *, readable: bool = True) -> None:
         """State is always readable."""
 
     def _to_chief(self, output: StepOutput, group: NetworkCoordinator) -> list[StepOutput]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpuspec.spec.coordinator import Coordinator
+from tpuspec.spec.pieces import Stored
 from tpuspec.spec.results import Batch, StepOutput
 
 T = TypeVar("T")
@@ -100,8 +101,12 @@ class CompiledStep(Protocol):
         """
         ...
 
-    def publish(self) -> None:
-        """Makes the newest state readable in the modules and optimizers; called at every loop boundary."""
+    def publish(self, *, readable: bool = True) -> None:
+        """Gives the newest state back to modules and optimizers; called at every loop boundary.
+
+        Args:
+          readable: whether somebody reads their tensors then; else only `Backend.fetch` and `SplitState` may.
+        """
         ...
 
 
@@ -133,6 +138,22 @@ class RunsSeveral(Protocol):
         ...
 
 
+class SplitState(Protocol):
+    """State of which no host has the whole: each reads and writes its pieces."""
+
+    def fetch_pieces(self, tree: Any) -> Any:
+        """As `Backend.fetch`, but tensors that are split over hosts come as `Pieces`; asks no other host."""
+        ...
+
+    def like_stored(self, stored: Sequence[Stored], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Returns tensors of those shapes without values, for `take_stored`: reading one before is an error."""
+        ...
+
+    def take_stored(self, replica: Replica, pairs: Sequence[tuple[Tensor, Stored]]) -> None:
+        """Gives tensors of the state values of a checkpoint, of which each host reads what it needs."""
+        ...
+
+
 class Backend(Protocol):
     """A device runtime.
 
@@ -140,6 +161,7 @@ class Backend(Protocol):
       topology: who computes.
       coordinator: what the hosts decide together.
       static_shapes: whether every batch must have one shape, so that short batches are padded.
+      split_state: reads and writes a state that no host has whole; None where every host has it.
       step_kind: how steps run, for the progress line: 'to be captured' before the first, 'traced', 'replay' or 'eager'.
     """
 
@@ -154,6 +176,9 @@ class Backend(Protocol):
 
     @property
     def step_kind(self) -> str: ...
+
+    @property
+    def split_state(self) -> SplitState | None: ...
 
     def place(self, model: nn.Module | None) -> list[Replica]:
         """Puts one copy of a host module on each local device; tied parameters stay tied."""

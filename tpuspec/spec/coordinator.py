@@ -9,7 +9,10 @@ T = TypeVar("T")
 
 
 class Coordinator(Protocol):
-    """The hosts of one run; every method but the properties and `report` is called by all of them, in the same order.
+    """The hosts of one run.
+
+    Every method is called by all of them, in the same order, but for the properties, `report`, `any_failed`, `post` and
+    `read_post`, which any thread may call.
 
     Attributes:
       num_hosts: processes that compute together.
@@ -56,6 +59,18 @@ class Coordinator(Protocol):
 
     def report(self, error: BaseException, phase: str) -> None:
         """Tells the others that this host fails, unless it fails because another did; they end then."""
+        ...
+
+    def post(self, name: str, text: str) -> None:
+        """Leaves a text for the others, under a name of its own; waits for nobody."""
+        ...
+
+    def read_post(self, name: str, *, remove: bool = False) -> str | None:
+        """Returns the text that somebody left, None so far; waits for nobody.
+
+        Raises:
+          HostFailureError: the host that keeps them is gone.
+        """
         ...
 
     def share(self, tree: T) -> T:

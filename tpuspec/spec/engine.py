@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from tpuspec.spec.pieces import Pieces, Stored
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
 """run(inputs) -> outputs: starts a program and does not wait for it."""
@@ -58,11 +61,13 @@ class Engine(Protocol):
       num_replicas: of a program; 1 on a mesh.
       num_devices: of all processes.
       batches_are_outputs: whether inputs of `of_batches` may be fetched as outputs are.
+      splits_state: whether whole tensors of state need not lie in one process.
     """
 
     num_replicas: int
     num_devices: int
     batches_are_outputs: bool
+    splits_state: bool
 
     def put(self, tensors: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         """Copies host tensors to the devices; every replica gets a copy of those that are its own.
@@ -100,6 +105,25 @@ class Engine(Protocol):
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         """As `fetch`, for one replica: of what each has for itself the mean, or the first one's whole numbers."""
+        ...
+
+    def fetch_pieces(self, arrays: Sequence[Any]) -> list[Tensor | Pieces]:
+        """Copies to the host what this process has of arrays, which are no replica's own; asks no other process.
+
+        Returns:
+          Tensors of those that it has whole; of the others its pieces, each of them in one process only.
+        """
+        ...
+
+    def put_stored(self, stored: Sequence[Stored], dtypes: Sequence[torch.dtype], layouts: Sequence[Layout],
+                   ) -> list[Any]:
+        """Reads from a checkpoint what the devices of this process take, and sends it there.
+
+        Args:
+          stored: tensors of the checkpoint.
+          dtypes: of the arrays.
+          layouts: of the arrays, which are no replica's own.
+        """
         ...
 
     def compile(self, program: bytes, donated: Sequence[int], given: Sequence[Layout], made: Sequence[Layout],

@@ -115,5 +115,5 @@ class _FakeStep:
             return [self.step(replica, batch, micro_step)
                     for replica, batch in zip(self.replicas, batches, strict=True)]
 
-    def publish(self) -> None:
+    def publish(self, *, readable: bool = True) -> None:
         self.backend.events.append("publish")

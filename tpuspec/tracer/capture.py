@@ -111,19 +111,19 @@ class CapturedStep:
                         if program.may_run(self._state, batch, self._numbers)), None)
         return key, program if program is not None and self._of_optimizers.are(program.known) else None
 
-    def publish(self) -> None:
-        """Makes the newest state readable in the modules and optimizers."""
+    def publish(self, *, readable: bool = True) -> None:
+        """Gives the newest state back to modules and optimizers."""
         if self._fallback is not None:
             self._fallback.publish()
         if self._in_flight:
-            self._state.publish(self._numbers, self._written)
+            self._state.publish(self._numbers, self._written, readable=readable)
             self._of_optimizers.publish()
             self._written.clear()
             self._in_flight = False
             if self._has_replayed:
                 self._has_replayed = False
                 self._programs.check_settings()
-        if self._state.holder in (None, self):
+        if readable and self._state.holder in (None, self):
             self._state.make_readable()
 
     def _prepared(self, plans: Sequence[NumberPlan]) -> int:

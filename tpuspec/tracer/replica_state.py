@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tpuspec.spec.backend import CompiledStep, Replica
 from tpuspec.spec.engine import OWN, Layout
+from tpuspec.spec.pieces import Stored
 from tpuspec.tracer import graph
 from tpuspec.tracer.guards import InputsOf
 from tpuspec.tracer.layouts import of_sources
@@ -175,8 +177,8 @@ class ReplicaState:
                 known[sources[place].key] = array
         return feed
 
-    def publish(self, numbers: dict[Slot, int], written: set[int]) -> None:
-        """Gives the newest values back to module and optimizers."""
+    def publish(self, numbers: dict[Slot, int], written: set[int], *, readable: bool = True) -> None:
+        """Gives the newest values back to module and optimizers; they still stand in arrays alone unless `readable`."""
         owners = gradient_owners(self.replica)
         written_over: dict[Slot, Any] = {}
         for slot, number in numbers.items():
@@ -198,7 +200,8 @@ class ReplicaState:
                 self._note_real([sent], [value])
         self._give({slot: self._tensors[slot] for slot in written_over}, written_over)
         graph.set_seed(self.seed, self.device)
-        self.make_readable()
+        if readable:
+            self.make_readable()
         self.values, self._tensors = [], {}
 
     def make_readable(self) -> None:
@@ -211,6 +214,22 @@ class ReplicaState:
             graph.publish(slots[slot], graph.inner(sent))
         self._note_real([slots[slot] for slot in left], [known.array for known in left.values()])
         self._is_left = False
+
+    def take_stored(self, pairs: Sequence[tuple[Tensor, Stored]]) -> None:
+        """Gives tensors of the state values of a checkpoint; of those that are split only what this process holds."""
+        slots = {id(tensor): slot for slot, tensor in read_slots(self.replica).items()}
+        named = {slots[id(tensor)]: (tensor, stored) for tensor, stored in pairs if id(tensor) in slots}
+        layouts = dict(zip(named, self.runtime.layouts.of_slots(
+            list(named), [tensor for tensor, _ in named.values()]), strict=True))
+        split = {slot: each for slot, each in named.items() if any(layouts[slot].axes)}
+        with torch.no_grad():
+            for tensor, stored in pairs:
+                if slots.get(id(tensor)) not in split:
+                    tensor.copy_(stored.read())
+        arrays = self._engine.put_stored(
+            [stored for _, stored in split.values()], [tensor.dtype for tensor, _ in split.values()],
+            [layouts[slot] for slot in split])
+        self._give({slot: tensor for slot, (tensor, _) in split.items()}, dict(zip(split, arrays, strict=True)))
 
     @contextlib.contextmanager
     def keeping_own(self, *, whole: bool) -> Iterator[None]:

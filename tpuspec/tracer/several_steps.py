@@ -45,6 +45,6 @@ class SeveralSteps:
         self._is_next_alone = outputs is None
         return outputs
 
-    def publish(self) -> None:
-        """Makes the newest state readable in the modules and optimizers."""
-        self._single.publish()
+    def publish(self, *, readable: bool = True) -> None:
+        """Gives the newest state back to modules and optimizers."""
+        self._single.publish(readable=readable)

@@ -32,7 +32,7 @@ class TracedStep:
     compiled: dict[int, bool] = field(default_factory=dict)
     _is_settled: bool = field(default=False, init=False)
 
-    def publish(self) -> None:
+    def publish(self, *, readable: bool = True) -> None:
         """A boundary: what hooks write there is no part of the next step, whose bits it would change."""
         self._is_settled = False
 

@@ -25,6 +25,7 @@ from tpuspec.placement import module_as_before, move_module
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.spec.engine import Engine, Engines
+from tpuspec.spec.pieces import Stored
 from tpuspec.spec.results import Batch, HostFunctions, StepOutput
 from tpuspec.spec.train_op import reduce_with
 from tpuspec.tracer import graph
@@ -84,6 +85,11 @@ class XlaBackend:
         if self._newest is None:
             return "traced" if self._capture is CaptureMode.off else "to be captured"
         return self._newest.kind
+
+    @property
+    def split_state(self) -> XlaBackend | None:
+        """This backend, where a mesh spans several processes."""
+        return self if self._engine.splits_state else None
 
     @classmethod
     def start(cls, config: RunConfig, engines: Engines, *, platform: str, reason: str,
@@ -238,13 +244,20 @@ class XlaBackend:
 
     def fetch(self, tree: T) -> T:
         """Copies every array and XLA tensor of the structure to the host."""
+        return self._fetch(tree, self._engine.fetch_whole)
+
+    def fetch_pieces(self, tree: Any) -> Any:
+        """As `fetch`, but of tensors of the state that are split over processes those pieces that this one has."""
+        return self._fetch(tree, self._engine.fetch_pieces)
+
+    def _fetch(self, tree: Any, fetch_state: Callable[[Sequence[Any]], Sequence[Any]]) -> Any:
         leaves, structure = pytree.tree_flatten(tree)
         outputs = {i: leaf for i, leaf in enumerate(leaves)
                    if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__")}
         of_xla = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.device.type == "xla"]
         state = self.arrays_of([leaves[i] for i in of_xla])
         of_state = {i: array for i, array in zip(of_xla, state, strict=True) if array is not None}
-        for arrays, fetch in ((outputs, self._engine.fetch), (of_state, self._engine.fetch_whole)):
+        for arrays, fetch in ((outputs, self._engine.fetch), (of_state, fetch_state)):
             for i, tensor in zip(arrays, fetch(list(arrays.values())), strict=True):
                 leaves[i] = tensor
         for part in _parts_of([i for i in of_xla if i not in of_state], leaves):
@@ -255,6 +268,15 @@ class XlaBackend:
     def arrays_of(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Returns for each tensor the engine's array that has its value; None for what is no state."""
         return self._state.arrays_of(tensors) if self._state and tensors else [None] * len(tensors)
+
+    def like_stored(self, stored: Sequence[Stored], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Returns tensors of those shapes whose buffers are gone."""
+        return graph.make_gone([torch.empty(each.shape, dtype=dtype, device="meta")
+                                for each, dtype in zip(stored, dtypes, strict=True)], self._name)
+
+    def take_stored(self, replica: Replica, pairs: Sequence[tuple[Tensor, Stored]]) -> None:
+        """Gives tensors of the state values of a checkpoint."""
+        self._state_of(replica).take_stored(pairs)
 
     def keeping_statistics(self, *, whole: bool) -> contextlib.AbstractContextManager[None]:
         """Gives each replica its own buffers back at the end of a block."""
@@ -390,8 +412,8 @@ class _Step:
         outputs = self._step.run_several(batches, after_each)  # type: ignore[arg-type]  # made by feed
         return None if outputs is None else [self._of_host(of_step) for of_step in outputs]
 
-    def publish(self) -> None:
-        self._step.publish()
+    def publish(self, *, readable: bool = True) -> None:
+        self._step.publish(readable=readable)
 
     def _of_host(self, outputs: list[StepOutput]) -> list[StepOutput]:
         return outputs if self._is_chief else [
