@@ -41,19 +41,20 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[subprocess.Popen[str]]:
-    with _zygote() as process:
+    with zygote_process() as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def xla_zygote() -> Iterator[subprocess.Popen[str]]:
     """One whose processes have torch_xla and jax imported."""
-    with _zygote(TEST_ZYGOTE="xla") as process:
+    with zygote_process(TEST_ZYGOTE="xla") as process:
         yield process
 
 
 @contextlib.contextmanager
-def _zygote(**settings: str) -> Iterator[subprocess.Popen[str]]:
+def zygote_process(**settings: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts what forks the processes of tests."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("RANK", "WORLD_SIZE", "CPU_NUM_DEVICES")} | settings
     with subprocess.Popen([sys.executable, str(Path(__file__).parent / "zygote.py")], stdin=subprocess.PIPE, text=True,
@@ -65,13 +66,13 @@ def _zygote(**settings: str) -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def run_hosts(zygote, tmp_path) -> Callable[..., Outcome]:
     """Runs a job of linear.py in `hosts` processes."""
-    return _runs(zygote, tmp_path)
+    return runs(zygote, tmp_path)
 
 
 @pytest.fixture
 def run_xla_hosts(xla_zygote, tmp_path) -> Callable[..., Outcome]:
     """As `run_hosts`, on XLA; `devices` are those of each process, `tpu` fields of TPUConfig."""
-    run = _runs(xla_zygote, tmp_path)
+    run = runs(xla_zygote, tmp_path)
 
     def run_on_xla(hosts: int, job: str, *, devices: int = 1, tpu: Any = None, **options: Any) -> Outcome:
         environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "NPROC": "32"}
@@ -80,11 +81,13 @@ def run_xla_hosts(xla_zygote, tmp_path) -> Callable[..., Outcome]:
     return run_on_xla
 
 
-def _runs(zygote: subprocess.Popen[str], tmp_path: Path) -> Callable[..., Outcome]:
-    def run(hosts: int, job: str, *, environment: dict[str, str] | None = None, **options: Any) -> Outcome:
+def runs(zygote: subprocess.Popen[str], tmp_path: Path) -> Callable[..., Outcome]:
+    """Returns what runs a job in a folder of its own below `tmp_path`."""
+    def run(hosts: int, job: str, *, kind: str = "linear", environment: dict[str, str] | None = None,
+            **options: Any) -> Outcome:
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         out.mkdir()
-        order = {"hosts": hosts, "job": job, "out": str(out), "port": free_port(), "seconds": SECONDS,
+        order = {"hosts": hosts, "kind": kind, "job": job, "out": str(out), "port": free_port(), "seconds": SECONDS,
                  "environment": environment or {},
                  "options": {name: str(value) for name, value in options.items()}}
         zygote.stdin.write(json.dumps(order) + "\n")

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 import tpuspec
 from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.loops.session import Session
 
 NUM_ROWS = 101
 options: dict[str, str] = {}
@@ -166,6 +168,48 @@ def host_call(step, loss, first):
     notes["losses"].append(loss.double().mean().item())
 
 
+def watch_state() -> None:
+    """Notes what each process fetches while a checkpoint is read from the devices, or put there."""
+    from tpuspec.engine.devices import OneDevice, Several
+
+    notes["gathered"], notes["fetched"] = 0, []
+    here, fetch_pieces = Several._here, OneDevice.fetch_pieces
+    is_watched = []
+
+    def noted_here(engine, array):
+        notes["gathered"] += len(is_watched) * array.nbytes * (not array.is_fully_replicated)
+        return here(engine, array)
+
+    def noted_pieces(engine, arrays):
+        fetched = fetch_pieces(engine, arrays)
+        notes["fetched"].append([sum(each.nbytes for each in fetched), sum(array.nbytes for array in arrays)])
+        return fetched
+
+    def noted(function):
+        def call(*args, **kwargs):
+            is_watched.append(True)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                is_watched.pop()
+        return call
+
+    Several._here, OneDevice.fetch_pieces = noted_here, noted_pieces
+    for name in ("training_state", "load_training_state"):
+        setattr(Session, name, noted(getattr(Session, name)))
+
+
+def fail_in_save() -> None:
+    write = CheckpointStore._write_part
+
+    def write_part(store, *args):
+        if store.steps():
+            fail("save")
+        return write(store, *args)
+
+    CheckpointStore._write_part = write_part
+
+
 def trainer(model_dir: Path, **changes: Any) -> tpuspec.Trainer:
     tpu = tpuspec.TPUConfig(
         iterations_per_loop=10, **json.loads(options.get("tpu", "{}")),
@@ -185,6 +229,10 @@ def run(job: str, out: Path, **given: str) -> None:
     host = int(os.environ.get("RANK", "0"))
     options.update(given)
     torch.set_num_threads(1)
+    if "watch" in options:
+        watch_state()
+    if options.get("fail") == "save":
+        fail_in_save()
     made = trainer(Path(options.get("folder", out)) / f"run{'' if 'shared' in options else host}")
     result: dict[str, Any] = {}
     for part in job.split(","):

@@ -14,9 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import linear
 
+JOBS = {"linear": linear.run}
 if os.environ.get("TEST_ZYGOTE") == "xla":
     import jax  # noqa: F401
+    import recipe_job
     import torch_xla  # noqa: F401
+
+    JOBS["recipe"] = recipe_job.run
 
 ENV = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
@@ -34,7 +38,7 @@ def start(order: dict[str, Any], rank: int) -> int:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["hosts"]), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(order["port"]))
     os.environ.update(order["environment"])
-    linear.run(order["job"], out, **order["options"])
+    JOBS[order["kind"]](order["job"], out, **order["options"])
     sys.exit(0)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.checkpoint.stored import StoredTensor
 from tpuspec.errors import ConfigError
 from tpuspec.loops.predict import to_numpy
 
@@ -41,7 +42,7 @@ class ReadsVariables:
         values = self._load_model(path)
         if name not in values:
             raise ConfigError(f"no variable {name!r} in {path}; it holds {sorted(values)}.")
-        return to_numpy(values[name])
+        return to_numpy(values[name].read() if isinstance(values[name], StoredTensor) else values[name])
 
     def _newest_checkpoint(self) -> str:
         path = self.latest_checkpoint()
@@ -50,4 +51,5 @@ class ReadsVariables:
         return path
 
     def _load_model(self, path: str) -> dict[str, Any]:
-        return self._store.load(path, optimizers=False).model
+        self._store.verify(path)
+        return self._store.load_stored(path, optimizers=False).model
