@@ -226,7 +226,7 @@ def trainer(model_dir: Path, **changes: Any) -> tpuspec.Trainer:
 def run(job: str, out: Path, **given: str) -> None:
     """Does the parts of a job, and notes what came of them in out/result<host>.json."""
     global host
-    host = int(os.environ.get("RANK", "0"))
+    host = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     options.update(given)
     torch.set_num_threads(1)
     if "watch" in options:

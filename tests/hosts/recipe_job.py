@@ -1,4 +1,4 @@
-"""What each process of the matrix runs: a recipe, small, on one layout; notes what came of it in out/result<host>.json."""
+"""What each process of the matrix runs: a recipe, small, on one layout; notes of it go to out/result<host>.json."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipes import digits, gpt_bytes, tabular
 from torch.utils.data import Subset
 
 import tpuspec
+from recipes import digits, gpt_bytes, tabular
 from tpuspec import ModeKeys
 
 ROWS, STEPS, SAVED = 101, 20, 10

@@ -1,4 +1,4 @@
-"""Checkpoints of a mesh over several processes: each writes its own pieces, and reads what it needs, onto any layout."""
+"""Checkpoints of a mesh over several processes: each writes its own pieces, and reads what it needs on any layout."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_each_process_has_its_pieces_only_and_a_run_goes_on_bit_for_bit(run_xla_
 def test_a_checkpoint_goes_on_on_another_layout_and_a_damaged_one_is_passed_over(run_xla_hosts, run_hosts):
     (one,) = run_hosts(1, "train").results()
     (out := run_xla_hosts(2, "train", steps=20, save=10, tpu=FSDP, shared=1)).results()
-    store = CheckpointStore(out.out / "run0")
+    store = CheckpointStore(out.out / "run")
     saved = store.load(store.path(20))
     assert torch.equal(torch.tensor(out.result(0)["weights"]), torch.cat([
         value.flatten() for value in saved.model.values()]))
-    (file,) = (out.out / "run0" / "checkpoint-20").glob("process-00001-optimizer-*")
+    (file,) = (out.out / "run" / "checkpoint-20").glob("process-00001-optimizer-*")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     settings = {"shared": 1, "folder": out.out, "steps": STEPS, "watch": 1}
@@ -70,10 +70,10 @@ def test_a_process_that_is_killed_in_a_save_leaves_no_half_of_a_checkpoint(run_x
     assert outcome.codes[1 - host] == 1
     assert outcome.seconds < 30.0
     assert re.match(rf"host {host} of 2 .*it ended without a word", told(outcome, 1 - host))
-    store = CheckpointStore(outcome.out / "run0")
+    store = CheckpointStore(outcome.out / "run")
     assert store.steps() == [0]
     store.prepare()
-    assert sorted(path.name for path in (outcome.out / "run0").iterdir() if "checkpoint" in path.name) == [
+    assert sorted(path.name for path in (outcome.out / "run").iterdir() if "checkpoint" in path.name) == [
         "checkpoint-0"]
     assert store.damaged_steps() == []
 

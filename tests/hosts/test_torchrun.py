@@ -14,7 +14,7 @@ from tpuspec.errors import ConfigError
 from tpuspec.train import main
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
-         "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+         "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
 @pytest.fixture
@@ -51,6 +51,34 @@ def test_a_task_of_slurm_that_says_its_rank_is_one_of_several(environment):
     assert (info.launcher, info.host_index, info.num_hosts, info.local_rank) == ("environment", 5, 8, 2)
 
 
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70000"}
+
+
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("node07", "node07"), ("node07,node09", "node07"), ("node[07-09,12],other1", "node07"), ("n[3]-ib", "n3-ib"),
+    ("rack-a[1,2]", "rack-a1")])
+def test_sruns_variables_say_who_is_who(environment, nodes, first):
+    environment(**SRUN, SLURM_STEP_NODELIST=nodes, SLURM_STEP_ID="0")
+    info = tpuspec.launch_info()
+    assert (info.launcher, info.host_index, info.num_hosts, info.local_rank, info.is_chief, info.chief_address) == (
+        "srun", 2, 4, 1, False, f"{first}:{61440 + 70000 % 4096}")
+
+
+def test_steps_of_a_job_have_ports_of_their_own_and_an_address_that_is_set_counts(environment):
+    ports = set()
+    for step in ("0", "1", "2"):
+        environment(**SRUN, SLURM_STEP_NODELIST="node1", SLURM_STEP_ID=step)
+        ports.add(tpuspec.launch_info().chief_address)
+    assert len(ports) == 3
+    environment(**SRUN, SLURM_STEP_NODELIST="node1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
+    assert tpuspec.launch_info().chief_address == "10.0.0.1:29500"
+
+
+def test_a_batch_script_that_srun_did_not_start_is_alone(environment):
+    environment(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_JOB_ID="7")
+    assert (tpuspec.launch_info().launcher, tpuspec.launch_info().num_hosts) == ("alone", 1)
+
+
 def test_torchruns_one_process_is_the_chief(environment):
     environment(RANK="0", WORLD_SIZE="1", TORCHELASTIC_RUN_ID="x")
     info = tpuspec.launch_info()
@@ -74,7 +102,10 @@ SEVERAL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT"
     (SEVERAL | {"MASTER_PORT": "70000"}, r"MASTER_PORT must be a number in 0 \.\. 65535; got '70000'"),
     (SEVERAL | {"LOCAL_RANK": "gpu"}, "LOCAL_RANK must be a number; got 'gpu'"),
     (SEVERAL | {"SLURM_LOCALID": "-1"}, "SLURM_LOCALID must be a number; got '-1'"),
-    ({"SLURM_STEP_NUM_TASKS": "4"}, r"srun started 4 tasks, and RANK and WORLD_SIZE are not set.*export RANK"),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, r"srun started 4 tasks, and neither SLURM_PROCID nor RANK .*export RANK"),
+    (SRUN | {"SLURM_PROCID": "4"}, r"SLURM_PROCID must be a number in 0 \.\. SLURM_STEP_NUM_TASKS - 1; got .*'4'"),
+    (SRUN, "SLURM_STEP_NODELIST='' names no node: set MASTER_ADDR"),
+    (SRUN | {"SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' is no number: set MASTER_ADDR"),
 ])
 def test_wrong_or_partial_variables_are_told(environment, variables, message):
     environment(**variables)

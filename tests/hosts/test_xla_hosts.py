@@ -101,3 +101,12 @@ def test_a_signal_to_one_host_stops_all_after_one_save(run_xla_hosts):
     store = CheckpointStore(outcome.out / "run0")
     assert {int((outcome.out / f"step{host}").read_text()) for host in range(3)} == {store.steps()[-1]} != {0}
     assert store.damaged_steps() == []
+
+
+def test_the_tasks_of_srun_find_one_another(run_xla_hosts, run_hosts):
+    (one,) = run_hosts(1, "train").results()
+    for results in (run_xla_hosts(2, "train", launcher="srun").results(),
+                    run_hosts(2, "train", launcher="srun").results()):
+        assert len(results) == 2
+        for result in results:
+            assert close(result["weights"], one["weights"])

@@ -34,7 +34,10 @@ def start(order: dict[str, Any], rank: int) -> int:
     for number, name in ((0, os.devnull), (1, out / f"stdout{rank}"), (2, out / f"stderr{rank}")):
         file = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
         os.dup2(file, number)
-    if order["hosts"] > 1:
+    if order["options"].get("launcher") == "srun":
+        os.environ.update(SLURM_STEP_NUM_TASKS=str(order["hosts"]), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank),
+                          SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(order["port"]), SLURM_STEP_ID="0")
+    elif order["hosts"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["hosts"]), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(order["port"]))
     os.environ.update(order["environment"])

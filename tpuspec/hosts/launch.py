@@ -16,8 +16,8 @@ class LaunchInfo:
     """This process among those of its run.
 
     Attributes:
-      launcher: 'torchrun', 'environment' (RANK and WORLD_SIZE set by hand, as under srun), 'pod' (hosts of a TPU pod
-        that have met) or 'alone'.
+      launcher: 'torchrun', 'environment' (RANK and WORLD_SIZE set by hand), 'srun', 'pod' (hosts of a TPU pod that have
+        met) or 'alone'.
       host_index: its number, 0 for the chief.
       num_hosts: processes of the run.
       local_rank: its number on this machine, which picks its GPU.
@@ -47,8 +47,9 @@ def launch_info() -> LaunchInfo:
       ConfigError: variables are missing or contradict one another.
     """
     cluster = read_cluster("worker")
-    pod = joined() if "RANK" not in os.environ else None
-    launcher = "pod" if pod else "alone" if "RANK" not in os.environ else (
+    has_rank = "RANK" in os.environ
+    pod = joined() if not has_rank and cluster.num_workers == 1 else None
+    launcher = "pod" if pod else ("alone" if cluster.num_workers == 1 else "srun") if not has_rank else (
         "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "environment")
     index, num_hosts = (pod.host_index, pod.num_hosts) if pod else (cluster.task_index, cluster.num_workers)
     address = None if num_hosts == 1 or pod else "{}:{}".format(*read_first_address(num_hosts))

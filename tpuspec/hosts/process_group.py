@@ -109,6 +109,10 @@ class NetworkCoordinator:
         self._health.close()
 
 
+def _of_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 @contextlib.contextmanager
 def _store_reached() -> Iterator[None]:
     try:
@@ -130,7 +134,9 @@ def join(config: RunConfig, device: torch.device) -> NetworkCoordinator:
     rank, world = cluster.task_index, cluster.num_workers
     address = read_first_address(world)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        # Not of RANK and its like where srun started this; torchrun may have the store in a process of its own.
+        where = "env://" if "RANK" in os.environ else f"tcp://{_of_url(address[0])}:{address[1]}"
+        store, _, _ = next(dist.rendezvous(where, rank, world, timeout=timedelta(seconds=JOIN_SECONDS)))
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"process {rank} of {world} cannot reach the first one at {address[0]}:{address[1]}: "
                           f"{str(error).splitlines()[0]}") from error
