@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tpuspec.errors import ConfigError
 
-
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 """Set by srun alone, not in a batch script."""
 
@@ -32,9 +31,9 @@ def _read_slurm(task_type: str) -> Cluster:
         return Cluster(task_type=task_type, task_index=0, num_workers=1)
     if number is None:
         raise ConfigError(
-            f"srun started {tasks} tasks, and neither SLURM_PROCID nor RANK and WORLD_SIZE are set: each task would run "
-            "alone. Let srun start one torchrun a node, or export RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each "
-            "task.")
+            f"srun started {tasks} tasks, and neither SLURM_PROCID nor RANK and WORLD_SIZE are set: each task would "
+            "run alone. Let srun start one torchrun a node, or export RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in "
+            "each task.")
     if not tasks.isdecimal() or not number.isdecimal() or not int(number) < int(tasks):
         raise ConfigError(f"The environment variable SLURM_PROCID must be a number in 0 .. {SLURM_TASKS} - 1; got "
                           f"SLURM_PROCID={number!r}, {SLURM_TASKS}={tasks!r}.")
