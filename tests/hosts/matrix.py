@@ -31,6 +31,9 @@ class Cell(NamedTuple):
     layout: str
     recipe: str
 
+    def __str__(self) -> str:
+        return f"{self.processes}x{self.devices} {self.layout} {self.recipe}"
+
 
 def cells() -> list[Cell]:
     """Returns those that can be: a data axis must be a multiple of the processes."""
@@ -103,8 +106,7 @@ def _far(one: object, other: object) -> float:
 def main() -> int:
     """Runs the whole matrix, or the cells whose text holds every word of the command line."""
     wrong = 0
-    chosen = [cell for cell in cells() if all(word in f"{cell.processes}x{cell.devices} {cell.layout} {cell.recipe}"
-                                              for word in sys.argv[1:])]
+    chosen = [cell for cell in cells() if all(word in str(cell) for word in sys.argv[1:])]
     with tempfile.TemporaryDirectory() as folder, zygote_process(TEST_ZYGOTE="xla") as process:
         matrix = Matrix(runs(process, Path(folder)))
         for cell in chosen:
@@ -114,8 +116,7 @@ def main() -> int:
             except AssertionError as error:
                 found = [f"failed: {error}"]
             wrong += bool(found)
-            print(f"{cell.processes}x{cell.devices}  {cell.layout:<12}  {cell.recipe:<9}  "
-                  f"{time.monotonic() - begun:5.1f} s  {'; '.join(found) or 'right'}", flush=True)
+            print(f"{cell!s:<28} {time.monotonic() - begun:6.1f} s  {'; '.join(found) or 'right'}", flush=True)
     print(f"{len(chosen)} cells, {wrong} wrong")
     return int(wrong > 0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes import gpt_bytes
-from tests.runtime.test_capture import BATCH, assert_same, batches, classify, kind, run, text
+from tests.tracer.test_capture import BATCH, assert_same, batches, classify, kind, run, text
 from tpuspec import ModeKeys
 
 NUM_STEPS = 50

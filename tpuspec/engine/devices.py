@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,14 +161,20 @@ class Several(OneDevice):
         """Copies arrays to the host; those that are split over processes are brought together, by all of them."""
         if self._is_local:
             return fetch(arrays)
-        return fetch([self._here(array) for array in arrays])
+        whole = iter(fetch([self._here(array) for array in arrays if not _is_split(array)]))
+        # Those that are split one after the other: a device may have no room for all of them.
+        return [fetch([self._here(array)])[0] if _is_split(array) else next(whole) for array in arrays]
+
+    @functools.cached_property
+    def _gather(self) -> Callable[[Any], Any]:
+        return jax.jit(lambda array: array, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def _here(self, array: Any) -> Any:
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
             return array
-        if not array.is_fully_replicated:
+        if _is_split(array):
             with jax.enable_x64(True):
-                array = jax.jit(lambda one: one, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(array)
+                array = self._gather(array)
         return array.addressable_data(0)
 
     def _send(self, arrays: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
@@ -280,6 +287,11 @@ def _of_stored(stored: Stored, dtype: torch.dtype, place: Any) -> Any:
         return read[key]
 
     return jax.make_array_from_callback(tuple(stored.shape), place, part)
+
+
+def _is_split(array: Any) -> bool:
+    """Whether no process has the whole."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated
 
 
 def _is_own(array: Any) -> bool:
