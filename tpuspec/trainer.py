@@ -214,7 +214,8 @@ class Trainer(ReadsVariables):
         state = read_for_training(session, store)
         run = RunPosition.of(session, state, exact=not self._config.allow_inexact_resume)
         prepared = preparation.run(input_fn, starts=run.input, strict_start=run.strict, restore_random=run.set_host)
-        restore_for_training(session, state, prepared.rehearsal.scaffold)
+        restore_for_training(session, state, prepared.rehearsal.scaffold,
+                             reads_module=bool(hooks or listeners or prepared.rehearsal.hooks))
         restored = session.global_step in store.steps()
         # Without a state to go on from: the same seed at the same step, whatever input_fn and model_fn drew before.
         if not run.set_devices(session.backend):

@@ -237,7 +237,7 @@ def run(job: str, out: Path, **given: str) -> None:
     result: dict[str, Any] = {}
     for part in job.split(","):
         if part == "train":
-            hooks = [Stop()] if "stop" in options else None
+            hooks = [Stop()] if "stop" in options else [Peek()] if "peek" in options else None
             try:
                 made.train(input_fn, max_steps=int(options.get("steps", "50")), hooks=hooks)
             except SystemExit:
@@ -277,6 +277,13 @@ def flat(session: Any, *, buffers: bool) -> list[float]:
     names = {name for name, _ in session.module.named_buffers()}
     return [number for name, value in session.model_state().items() if (name in names) is buffers
             for number in value.flatten().tolist()]
+
+
+class Peek(tpuspec.SessionRunHook):
+    """Reads the weights before the first step."""
+
+    def begin(self, context):
+        notes["at_begin"] = [number for weight in context.model.parameters() for number in weight.flatten().tolist()]
 
 
 class Stop(tpuspec.SessionRunHook):

@@ -46,8 +46,8 @@ def test_a_checkpoint_goes_on_on_another_layout_and_a_damaged_one_is_passed_over
     (file,) = (out.out / "run" / "checkpoint-20").glob("process-00001-optimizer-*")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    settings = {"shared": 1, "folder": out.out, "steps": STEPS, "watch": 1}
-    on_mesh = run_xla_hosts(2, "train", devices=2, tpu=LAYOUTS["data and model"], **settings)
+    settings = {"shared": 1, "folder": out.out, "steps": STEPS}
+    on_mesh = run_xla_hosts(2, "train", devices=2, tpu=LAYOUTS["data and model"], watch=1, **settings)
     for result in on_mesh.results():
         assert close(result["weights"], one["weights"])
         assert result["gathered"] == 0
@@ -56,8 +56,16 @@ def test_a_checkpoint_goes_on_on_another_layout_and_a_damaged_one_is_passed_over
     for step in store.steps():
         if step > 10:
             store.delete(step)
-    for run in (run_hosts(1, "train", **settings | {"watch": 0}), run_hosts(2, "train", **settings | {"watch": 0}),
-                run_xla_hosts(2, "train", tpu={}, **settings)):
+    peeking = run_xla_hosts(2, "evaluate,train", tpu=FSDP, peek=1, **settings)
+    (evaluated,) = run_hosts(1, "evaluate", **settings).results()
+    of_ten = store.load(store.path(10)).model
+    for result in peeking.results():
+        assert result["at_begin"] == torch.cat([value.flatten() for value in of_ten.values()]).tolist()
+        assert close(result["weights"], one["weights"])
+        assert result["evaluations"][0]["accuracy"] == evaluated["evaluations"][0]["accuracy"]
+        assert result["evaluations"][0]["loss"] == pytest.approx(evaluated["evaluations"][0]["loss"], abs=1e-6)
+    for run in (run_hosts(1, "train", **settings), run_hosts(2, "train", **settings),
+                run_xla_hosts(2, "train", **settings)):
         for result in run.results():
             assert close(result["weights"], one["weights"])
             assert result["step"] == STEPS

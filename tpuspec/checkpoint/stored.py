@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from typing import Any
 
@@ -95,6 +96,16 @@ def read_stored(path: str | os.PathLike[str], manifest: Manifest, *, optimizers:
 def read_all(tree: Any) -> Any:
     """Reads the stored tensors of a tree, whole."""
     return pytree.tree_map(lambda leaf: leaf.read() if isinstance(leaf, StoredTensor) else leaf, tree)
+
+
+def read_whole(state: TrainingState) -> TrainingState:
+    """Returns a state without stored tensors.
+
+    Raises:
+      CheckpointError: one cannot be read.
+    """
+    with state.source:
+        return dataclasses.replace(state, model=read_all(state.model), optimizers=read_all(state.optimizers))
 
 
 def _small(tree: Any) -> Any:

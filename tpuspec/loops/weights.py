@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
+from tpuspec.checkpoint.stored import read_whole
 from tpuspec.errors import CheckpointError, ConfigError
 from tpuspec.loops.session import Session
 from tpuspec.spec.scaffold import Scaffold
@@ -33,14 +34,23 @@ def read_for_training(session: Session, store: CheckpointStore) -> TrainingState
     return store.load(path) if session.backend.split_state is None else store.load_stored(path)
 
 
-def restore_for_training(session: Session, state: TrainingState | None, scaffold: Scaffold) -> None:
+def restore_for_training(session: Session, state: TrainingState | None, scaffold: Scaffold, *,
+                         reads_module: bool = True) -> None:
     """Loads a state that was read, if there is one; else initialises by the scaffold, unless there is a state already.
+
+    Args:
+      session: the model.
+      state: as `read_for_training` returned it.
+      scaffold: may initialise, restore and check the module.
+      reads_module: whether hooks and the like may read the module before the first step; it is whole on every host then.
 
     Raises:
       CheckpointError: the checkpoint does not fit.
       ConfigError: the scaffold's ready_fn says that something is missing.
     """
     if state is not None:
+        if reads_module or scaffold.ready_fn is not None:
+            state = read_whole(state)
         session.load_training_state(state, scaffold)
     elif not session.has_state and scaffold.init_fn is not None and session.module is not None:
         for replica in session.replicas:
