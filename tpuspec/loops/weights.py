@@ -42,7 +42,7 @@ def restore_for_training(session: Session, state: TrainingState | None, scaffold
       session: the model.
       state: as `read_for_training` returned it.
       scaffold: may initialise, restore and check the module.
-      reads_module: whether hooks and the like may read the module before the first step; it is whole on every host then.
+      reads_module: whether hooks and the like may read the module before the first step: every host has all of it then.
 
     Raises:
       CheckpointError: the checkpoint does not fit.
