@@ -61,7 +61,7 @@ watches = False
 def model(params):
     global watches
     if params["place"] == "disk":
-        CheckpointStore.save = lambda store, state: time.sleep(1000)
+        CheckpointStore.save = lambda *given: time.sleep(1000)
     if params["place"] not in USER_CODE and not watches:
         watches = True
         threading.Thread(target=wait_for_phase, args=(params,), daemon=True).start()

@@ -25,7 +25,7 @@ def slow_disk(monkeypatch):
     """Holds every save but the first back until the event is set."""
     go_on, real = threading.Event(), CheckpointStore.save
 
-    def save(store, state):
+    def save(store, state, *joint):
         if state.global_step > 0:
             go_on.wait(20)
         return real(store, state)
@@ -60,7 +60,7 @@ def test_fault_12_the_saved_values_are_those_of_the_step_though_training_goes_on
 def test_fault_10_an_error_of_a_save_ends_training(tmp_path, monkeypatch, step):
     real = CheckpointStore.save
 
-    def save(store, state):
+    def save(store, state, *joint):
         if state.global_step == step:
             raise CheckpointError("by the test")
         return real(store, state)
