@@ -84,12 +84,3 @@ def test_a_process_that_is_killed_in_a_save_leaves_no_half_of_a_checkpoint(run_x
     assert sorted(path.name for path in (outcome.out / "run").iterdir() if "checkpoint" in path.name) == [
         "checkpoint-0"]
     assert store.damaged_steps() == []
-
-
-def test_where_the_others_do_not_see_the_folder_the_chief_writes_and_says_so(run_xla_hosts):
-    outcome = run_xla_hosts(2, "train", steps=20, save=10, tpu=FSDP)
-    outcome.results()
-    assert outcome.stderr(0).count("do not all see the chief's model_dir") == 1
-    assert "do not all see" not in outcome.stderr(1)
-    assert (outcome.out / "run0" / "checkpoint-20" / "model.safetensors").exists()
-    assert not (outcome.out / "run1").exists()

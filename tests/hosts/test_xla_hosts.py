@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
 STEPS, ROWS = 50, 101
 LAYOUTS = {
     "replicas": {},
-    "data": {"mesh": {"data": 4}},
     "data and model": {"mesh": {"data": 2, "model": 2}, "sharding": {"0.weight": ["model", None], "0.bias": ["model"]}},
     "fsdp": {"mesh": {"data": 4}, "fsdp": True},
 }
@@ -25,7 +24,7 @@ def close(a, b, most=1e-5):
 
 
 @pytest.mark.parametrize(("hosts", "devices", "layout"), [
-    (2, 2, "replicas"), (2, 2, "data and model"), (2, 2, "fsdp"), (4, 1, "data")])
+    (2, 2, "replicas"), (2, 2, "fsdp")])  # test_matrix.py has others
 def test_processes_equal_one_on_the_same_global_batch(run_xla_hosts, run_hosts, hosts, devices, layout):
     (one,) = run_hosts(1, "train,evaluate,predict").results()
     several = {"steps_per_execution": 5} if layout in ("replicas", "fsdp") else {}
@@ -61,13 +60,18 @@ def test_hosts_with_uneven_shares_end_together_with_exact_metrics(run_xla_hosts,
 def test_a_run_goes_on_from_the_chiefs_checkpoint_bit_for_bit(run_xla_hosts, layout):
     settings = {"save": 10, "noisy": 1, "devices": 2, "tpu": LAYOUTS[layout]}
     whole = run_xla_hosts(2, "train", **settings).results()
-    results = run_xla_hosts(2, "train,resume", steps=20, **settings).results()
+    outcome = run_xla_hosts(2, "train,resume", steps=20, **settings)
+    results = outcome.results()
     assert [name for name in results[0]["files"] if name.endswith("checkpoint-20")]
     assert results[0]["losses"] == whole[0]["losses"]
     for result, uninterrupted in zip(results, whole, strict=True):
         assert result["step"] == STEPS
         assert result["weights"] == uninterrupted["weights"]
         assert result["buffers"] == uninterrupted["buffers"]
+    # The others do not see its folder.
+    assert outcome.stderr(0).count("do not all see the chief's model_dir") == 2 * (layout != "replicas")
+    assert "do not all see" not in outcome.stderr(1)
+    assert results[1]["files"] == []
 
 
 def told(outcome, host: int) -> str:
