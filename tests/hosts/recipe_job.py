@@ -39,7 +39,7 @@ RECIPES = {
         "0.weight": ["model", None], "0.bias": ["model"], "3.weight": [None, "model"]}, "malignant"),
     "gpt_bytes": Recipe(gpt_bytes, {
         "length": 16, "width": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.0, "clip_grad_norm": 1.0,
-        "folder": str(Path(tpuspec.__file__).parent / "spec"), "num_samples": 32, "sample_bytes": 2, "temperature": 0.8,
+        "folder": str(Path(tpuspec.__file__).parent), "num_samples": 32, "sample_bytes": 2, "temperature": 0.8,
         "eval_windows": ROWS},
         {"*.mlp.0.weight": ["model", None], "*.mlp.0.bias": ["model"], "*.mlp.2.weight": [None, "model"]}, batch=16),
 }
