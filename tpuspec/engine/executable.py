@@ -15,6 +15,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from tpuspec.engine.pooling import plain_pooling
 from tpuspec.spec.engine import Run
 
 _DTYPES: dict[str, Any] = {
@@ -145,6 +146,8 @@ def has_convolutions(artifact: bytes) -> bool:
 
 def as_exported(artifact: bytes, platform: str) -> export.Exported:
     """Returns a portable StableHLO artifact as what `jax.export` calls a program."""
+    if platform == "cpu":
+        artifact = plain_pooling(artifact)
     context = mlir.make_ir_context()
     with context, ir.Location.unknown(context):
         module = stablehlo.deserialize_portable_artifact(context, artifact)
