@@ -20,7 +20,7 @@ WITHIN_OTHERS = {"_linalg_svd", "tanh_backward", "sigmoid_backward", "_to_copy",
                  "linalg_vector_norm", "linalg_inv_ex", "upsample_nearest2d", "upsample_bilinear2d",
                  "_pack_padded_sequence", "randperm", "_index_put_impl", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
                  "nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward",
-                 "convolution_backward_overrideable",
+                 "convolution_backward_overrideable", "native_layer_norm_backward",
                  "embedding_dense_backward"}
 """Kernels that other operations of op_db come to."""
 

@@ -45,8 +45,10 @@ def _is_plain(operation: Any) -> bool:
     if _numbers(operation, "window_strides") != window or any(
             number != 1 for name in ("base_dilations", "window_dilations") for number in _numbers(operation, name)):
         return False
-    if "padding" in operation.attributes and any(ir.DenseIntElementsAttr(operation.attributes["padding"])):
-        return False
+    if "padding" in operation.attributes:
+        padding = ir.DenseIntElementsAttr(operation.attributes["padding"])
+        if any(padding[i] for i in range(len(padding))):
+            return False
     if operation.name == "stablehlo.reduce_window":
         return _is_of_both(operation.regions[0], "stablehlo.maximum")
     chosen, added = operation.regions

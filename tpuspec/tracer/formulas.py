@@ -310,6 +310,11 @@ def _layer_norm(own: _Own, keys: Any, x: Tensor, shape: list[int], weight: Tenso
     return out + bias if bias is not None else out
 
 
+def _native_layer_norm(own: _Own, keys: Any, *given: Any) -> Any:
+    """Torch's own autograd, over the kernels of `norms_and_losses`; torch_xla has neither."""
+    return own(keys, *given)
+
+
 def _group_norm(own: _Own, keys: Any, x: Tensor, num_groups: int, weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Tensor:
     """torch_xla's own computes in bfloat16 where torch computes in float32."""
@@ -360,7 +365,8 @@ def _istft(own: _Own, keys: Any, *_: Any, **__: Any) -> NoReturn:
 
 
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "svd": _svd, "conj": _conj, "layer_norm": _layer_norm, "group_norm": _group_norm, "nll_loss": _nll_loss,
+    "svd": _svd, "conj": _conj, "layer_norm": _layer_norm,
+    "native_layer_norm": _native_layer_norm, "group_norm": _group_norm, "nll_loss": _nll_loss,
     "_chunk_cat": _chunk_cat, "istft": _istft, **{f"{name}.vec": functools.partial(_upsample, name=name) for name in (
         "upsample_nearest2d", "upsample_bilinear2d")}}
 """Each takes torch's own composition, the dispatch keys and the arguments."""

@@ -15,6 +15,7 @@ import torch_xla.core.xla_op_registry as xla_op_registry
 from torch import Tensor
 
 from tpuspec.errors import OperationError
+from tpuspec.tracer.norms_and_losses import PLAIN_FORMS
 from tpuspec.tracer.sums_of_halves import HALVES, SUMS_OF_HALVES, Kernel, in_single
 
 _INTEGER_QUOTIENT = xla_op_registry.register("integer_quotient", lambda x, other: x / other)
@@ -40,7 +41,8 @@ def register_kernels() -> torch.library.Library:
 
 def kernels() -> dict[str, Kernel]:
     """Returns the mended kernels by the names of overloads in aten; each takes the dispatch keys first."""
-    return {name: functools.partial(kernel, _own(name)) for name, kernel in MENDED.items() if _has(name)}
+    return PLAIN_FORMS | {
+        name: functools.partial(kernel, _own(name)) for name, kernel in MENDED.items() if _has(name)}
 
 
 def _has(name: str) -> bool:

@@ -63,22 +63,6 @@ def _convolution_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, w
     return found[0], found[1], torch.sum(gradient, [dim for dim in range(gradient.ndim) if dim != 1])
 
 
-def _nll_loss_forward(own: Kernel, keys: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int,
-                      ignore_index: int) -> Any:
-    if x.dtype not in HALVES:
-        return own(keys, x, target, weight, reduction, ignore_index)
-    found, total = own(keys, x.float(), target, single(weight), reduction, ignore_index)
-    return found.to(x.dtype), total  # the number of rows, which bfloat16 has up to 256
-
-
-def _nll_loss_backward(own: Kernel, keys: Any, gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
-                       reduction: int, ignore_index: int, total: Tensor) -> Tensor:
-    if x.dtype not in HALVES:
-        return own(keys, gradient, x, target, weight, reduction, ignore_index, total)
-    return own(keys, gradient.float(), x.float(), target, single(weight), reduction, ignore_index,
-               total.float()).to(x.dtype)
-
-
 SUMS_OF_HALVES: dict[str, Kernel] = {
     **{name: in_single for name in (
         "index_add", "scatter_add", "scatter_reduce.two", "scatter.reduce", "_adaptive_avg_pool2d",
@@ -87,7 +71,5 @@ SUMS_OF_HALVES: dict[str, Kernel] = {
         "smooth_l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "prod", "prod.dim_int")},
     **{name + "_": functools.partial(_in_single_in_place, name) for name in ("index_add", "scatter_add")},
     **dict.fromkeys(("sum", "sum.dim_IntList"), _sum), **dict.fromkeys(("_index_put_impl_", "index_put_"), _index_put),
-    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _nll_loss_forward),
-    **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _nll_loss_backward),
     "convolution_backward_overrideable": _convolution_backward}
 """By the names of overloads in aten, as `kernels.MENDED`, which has the mean and the norm of vectors besides."""
