@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.runtime.test_capture import assert_same, batches, kind, rows, run, sgd
 from torch import nn
 
+from tests.tracer.test_capture import assert_same, batches, kind, rows, run, sgd
 from tpuspec import CrossShardOptimizer, ModeKeys, SessionRunHook, TPUEstimatorSpec
 from tpuspec.errors import CaptureError
 

@@ -12,7 +12,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.runtime.test_capture import (
+from torch import nn
+
+from tests.tracer.test_capture import (
     BATCH,
     RECORDED,
     assert_same,
@@ -23,8 +25,6 @@ from tests.runtime.test_capture import (
     run,
     sgd,
 )
-from torch import nn
-
 from tpuspec import CrossShardOptimizer, SessionRunHook, TPUEstimatorSpec
 from tpuspec.errors import CaptureError, ConfigError
 from tpuspec.spec.user_threads import USER_THREADS

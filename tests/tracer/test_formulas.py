@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_xla
-from tests.runtime.test_capture import batches, kind, rows, run, sgd
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.tracer.test_capture import batches, kind, rows, run, sgd
 from tpuspec import CrossShardOptimizer, TPUEstimatorSpec
 from tpuspec.tracer.formulas import register_formulas
 from tpuspec.tracer.kernels import register_kernels

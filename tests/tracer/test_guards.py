@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tests.runtime.test_capture import adamw, assert_same, batches, classify, conv_net, images, kind, rows, run, sgd
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tests.tracer.test_capture import adamw, assert_same, batches, classify, conv_net, images, kind, rows, run, sgd
 from tpuspec import ModeKeys, SessionRunHook
 from tpuspec.errors import CaptureError
 

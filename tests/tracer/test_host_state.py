@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.runtime.test_capture import BATCH, batches, kind, rows
 from torch import nn
 
+from tests.tracer.test_capture import BATCH, batches, kind, rows
 from tpuspec import CrossShardOptimizer, ModeKeys, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.tracer.program import Program
 

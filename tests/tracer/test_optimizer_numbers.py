@@ -10,10 +10,10 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.runtime.test_capture import BATCH, RECORDED, assert_same, batches, classify, kind, rows, run, sgd
 from torch import nn
 from torch.optim import swa_utils
 
+from tests.tracer.test_capture import BATCH, RECORDED, assert_same, batches, classify, kind, rows, run, sgd
 from tpuspec import ModeKeys, RunConfig, SessionRunHook, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.errors import CaptureError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.runtime.test_capture import RECORDED, assert_same, batches, classify, kind, rows, run, sgd
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tests.tracer.test_capture import RECORDED, assert_same, batches, classify, kind, rows, run, sgd
 from tpuspec import TPUEstimatorSpec
 from tpuspec.errors import CaptureError
 

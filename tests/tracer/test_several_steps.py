@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runtime.test_capture import (
+from torch import nn
+
+from tests.tracer.test_capture import (
     BATCH,
     RECORDED,
     TiedText,
@@ -30,8 +32,6 @@ from tests.runtime.test_capture import (
     sgd,
     text,
 )
-from torch import nn
-
 from tpuspec import RunConfig, SessionRunHook, TPUConfig, Trainer
 from tpuspec.errors import CaptureError, ConfigError, NonFiniteLossError, SpecError
 from tpuspec.tracer.several_steps import SeveralSteps

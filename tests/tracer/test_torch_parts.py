@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_xla.utils.checkpoint as xla_checkpoint
-from tests.runtime.test_capture import batches, kind, rows, run, sgd
 from torch import nn
 from torch.nn.utils import rnn
 from torch.utils.checkpoint import checkpoint
 
+from tests.tracer.test_capture import batches, kind, rows, run, sgd
 from tpuspec import CrossShardOptimizer, TPUEstimatorSpec
 from tpuspec.errors import SpecUsageError
 from tpuspec.tracer.formulas import register_formulas

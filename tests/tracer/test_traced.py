@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.runtime.test_capture import batches, classify, rows, run, sgd
 from torch import nn
 
+from tests.tracer.test_capture import batches, classify, rows, run, sgd
 from tpuspec.spec.phase import current_phase
 from tpuspec.tracer import graph
 
