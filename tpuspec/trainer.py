@@ -28,12 +28,13 @@ from tpuspec.loops.export import Exporting
 from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.memory import explain_out_of_memory
+from tpuspec.loops.model_source import ModelSource
 from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
 from tpuspec.loops.report import banner_facts
 from tpuspec.loops.saving import Saver, make_manager, make_policy, saves_in_pieces
-from tpuspec.loops.session import ModelSource, Session
+from tpuspec.loops.session import Session
 from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.variables import ReadsVariables
 from tpuspec.loops.watchdog import Watchdog, make_watchdog

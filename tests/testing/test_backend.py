@@ -17,8 +17,9 @@ from tpuspec.loops.evaluate import EvaluateLoop
 from tpuspec.loops.hooks import HookRunner
 from tpuspec.loops.host_work import EvalWork
 from tpuspec.loops.interruption import Interruption
+from tpuspec.loops.model_source import ModelSource
 from tpuspec.loops.prepare import Preparation, Prepared
-from tpuspec.loops.session import ModelSource, Session
+from tpuspec.loops.session import Session
 from tpuspec.spec.backend import Backend, CompiledStep, Replica
 from tpuspec.spec.estimator_spec import TPUEstimatorSpec
 from tpuspec.spec.hooks import HookContext

@@ -28,7 +28,8 @@ from tpuspec.export.signature import flatten_output, rebuild_output
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.export_folder import check_base, commit_next, writing_into
 from tpuspec.loops.interruption import Interruption, interruptible
-from tpuspec.loops.session import ModelSource, Session
+from tpuspec.loops.model_source import ModelSource
+from tpuspec.loops.session import Session
 from tpuspec.loops.step import ModelFnCall
 from tpuspec.loops.weights import check_ready, choosing_weights
 from tpuspec.precision import cast_module, cast_tensor, for_host

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from tpuspec.checkpoint.restore import check_fits, load_into_module
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.stored import read_all
 from tpuspec.data.random_state import ProcessRandomState
-from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.errors import CheckpointError, ConfigError
 from tpuspec.loops.learning_rates import LearningRateSchedules
+from tpuspec.loops.model_source import ModelSource
 from tpuspec.loops.optimizer_state import (
     add_groups,
     check_optimizer_state,
     hyper_parameters,
     load_optimizer,
     read_optimizer,
-    tell_of_inner,
 )
 from tpuspec.loops.random_state import collect_positions
 from tpuspec.loops.shared_memory import check_memory
@@ -40,71 +36,6 @@ from tpuspec.spec.scaffold import Scaffold
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where the module and its optimizers come from.
-
-    Attributes:
-      model: a function of params that returns a module, a module, or None.
-      optimizer: a function of (module, params) that returns an optimizer or a dict of them; None without training.
-      params: the Trainer's.
-      scheduler: a function of (optimizer, params) that returns a learning rate schedule or a dict of them; None for
-        constant rates.
-      read_evaluations: reads the log of evaluations of a name, None for the unnamed ones: step -> metric -> value.
-    """
-
-    model: Callable[[Mapping[str, Any]], nn.Module] | nn.Module | None
-    optimizer: Callable[..., Any] | None
-    params: Mapping[str, Any]
-    scheduler: Callable[..., Any] | None = None
-    read_evaluations: Callable[[str | None], Mapping[int, Mapping[str, float]]] = lambda name: {}
-
-    def build_model(self) -> nn.Module | None:
-        """Builds the module on the host.
-
-        Raises:
-          ConfigTypeError: the function returned no module.
-        """
-        if self.model is None:
-            return None
-        if isinstance(self.model, nn.Module):
-            return check_materialized(self.model)
-        module = self.model(copy.deepcopy(dict(self.params)))
-        if not isinstance(module, nn.Module):
-            raise ConfigTypeError(f"model must return a torch.nn.Module; got {type(module).__name__}.")
-        return check_materialized(module)
-
-    def build_optimizers(self, module: nn.Module | None) -> dict[str, torch.optim.Optimizer]:
-        """Builds the optimizers over a placed module, by name; the name of a single one is ''.
-
-        Raises:
-          ConfigTypeError: the function returned something else.
-        """
-        if self.optimizer is None:
-            return {}
-        made = self.optimizer(module, copy.deepcopy(dict(self.params)))
-        optimizers = dict(made) if isinstance(made, Mapping) else {"": made}
-        for name, optimizer in optimizers.items():
-            if not isinstance(name, str) or not isinstance(optimizer, torch.optim.Optimizer):
-                raise ConfigTypeError("optimizer must return a torch.optim.Optimizer or a dict of name -> Optimizer; "
-                                      f"got {type(optimizer).__name__}" + (f" for {name!r}." if name else "."))
-            tell_of_inner(optimizer, optimizers.values())
-        return optimizers
-
-
-def check_materialized(module: nn.Module) -> nn.Module:
-    """Returns a module whose parameters and buffers have their shapes.
-
-    Raises:
-      ConfigError: a lazy module has not seen a batch yet.
-    """
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if is_lazy(tensor):
-            raise ConfigError(f"{name} of the model has no shape yet. Run one batch through a lazy module on the host, "
-                              "in the model function, before you return it.")
-    return module
 
 
 class Session:
