@@ -115,7 +115,7 @@ class Workload:
 
 WORKLOADS = {
     "mlp": Workload(build=mlp, make_optimizer=sgd, features=(64,), batch_size=64, num_steps=1000,
-                    steps_per_execution=4),
+                    steps_per_execution=8),
     "cnn": Workload(build=cnn, make_optimizer=adamw, features=(1, 8, 8), batch_size=64, num_steps=300,
                     steps_per_execution=4),
     "gpt": Workload(build=GPT, make_optimizer=adamw, features=(), batch_size=8, num_steps=60),

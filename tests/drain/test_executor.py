@@ -1,5 +1,6 @@
 import logging
 import threading
+import time
 
 import pytest
 
@@ -23,6 +24,45 @@ def test_jobs_run_in_the_order_of_their_submission_on_one_other_thread():
     assert [step for step, _ in done] == list(range(50))
     assert len({thread for _, thread in done}) == 1
     assert done[0][1] != threading.get_ident()
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Lets the worker wait for ever until there are enough jobs."""
+    monkeypatch.setattr("tpuspec.drain.executor._LINGER_SECONDS", 3600.0)
+
+
+def test_the_thread_wakes_up_once_enough_jobs_wait(patient):
+    done: list[int] = []
+    ran = threading.Event()
+    with HostExecutor(queue_size=8) as executor:
+        assert executor.enough == 4
+        for step in (1, 2, 3):
+            executor.submit(step, lambda step=step: done.append(step))
+        assert not ran.wait(MOMENT) and done == []
+        executor.submit(4, ran.set)
+        assert ran.wait(WAIT) and done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("ask", [HostExecutor.wait, HostExecutor.close])
+def test_jobs_that_somebody_waits_for_run_at_once(patient, ask):
+    done: list[int] = []
+    executor = HostExecutor(queue_size=8)
+    for step in (1, 2):
+        executor.submit(step, lambda step=step: done.append(step))
+        ask(executor)
+    assert done == [1, 2]
+    executor.close()
+
+
+def test_a_single_job_runs_after_a_moment():
+    ran = threading.Event()
+    with HostExecutor(queue_size=8) as executor:
+        for _ in range(3):  # the first starts the thread; the others find it asleep
+            ran.clear()
+            executor.submit(1, ran.set)
+            assert ran.wait(WAIT)
+            time.sleep(MOMENT)
 
 
 def test_close_waits_for_the_queued_jobs():

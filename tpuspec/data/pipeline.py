@@ -146,6 +146,8 @@ class InputPipeline:
 
     def _take_kept(self) -> HostValues:
         taken = [feed.take_kept() for feed in self._feeds]
+        if not any(taken):
+            return {}
         return {name: [value for kept in taken for value in kept.get(name, ())] for name in (taken[0] if taken else ())}
 
     def end_of(self) -> tuple[int | None, int | None]:
@@ -221,7 +223,9 @@ class _Feed:
 
     def take_kept(self) -> HostValues:
         """Returns the strings of the features that were drawn since the last call, by column."""
-        kept, self._kept = self._kept, {name: [] for name in self._columns}
+        kept = self._kept
+        if kept or self._columns:
+            self._kept = {name: [] for name in self._columns}
         return kept
 
     def position(self) -> Position:
@@ -235,6 +239,9 @@ class _Feed:
     def draw(self) -> tuple[list[Batch], torch.Tensor] | None:
         """Returns one step's batches, one a replica, with the mask of their rows; None at the end of the input."""
         call = self.call
+        if call.batches_per_step == call.num_replicas == 1:
+            one = self._draw_one()
+            return None if one is None else ([one[0]], one[1])
         drawn = [self._draw_one()]
         while drawn[-1] is not None and len(drawn) < call.batches_per_step:
             drawn.append(self._draw_one())

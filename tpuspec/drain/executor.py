@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +18,11 @@ from tpuspec.spec.phase import in_phase, note_move
 
 logger = logging.getLogger(__name__)
 
-_STOP = object()
-
 _SECONDS_WORTH_A_WORD = 1.0
 _SHARE_WORTH_A_WORD = 0.1
+
+_LINGER_SECONDS = 2e-3
+_NEVER = sys.maxsize
 
 
 class _Job(NamedTuple):
@@ -53,6 +56,9 @@ class HostExecutor:
     first error of a job is raised by the next `submit`, `check` or `close`, in the caller's thread; the jobs behind it
     are dropped.
 
+    Each time that one thread wakes the other both lose more than a small step takes. So the thread waits until enough
+    jobs wait for it, somebody waits for them, or a moment has passed.
+
     Args:
       queue_size: jobs that may wait behind the one that runs.
       name: of the thread.
@@ -68,10 +74,12 @@ class HostExecutor:
         self.enough = self._most // 2
         self._name = name
         self._clock = clock
-        # No queue.Queue: its locks cost the caller more than a small step takes.
-        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._jobs: collections.deque[_Job] = collections.deque()
+        # What wakes the worker. No queue.Queue: its locks cost the caller more than a small step takes.
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_asleep = self._is_closing = False
         self._num_submitted = self._num_done = 0
-        self._is_waited_for = False
+        self._num_wanted = _NEVER
         self._progress = threading.Event()
         self._host_work = _Stopwatch(clock)
         self._thread: threading.Thread | None = None
@@ -94,13 +102,16 @@ class HostExecutor:
         if self._error is not None:
             self.check()
         if self._thread is None:
-            self._begun = self._clock()
+            self._begun, self._is_closing = self._clock(), False
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         if self._num_submitted - self._num_done >= self._most:
             self._wait_for_room()
         self._num_submitted += 1
-        self._queue.put(_Job(step, job))
+        self._jobs.append(_Job(step, job))
+        # In this order: the worker first says that it sleeps, then looks for jobs.
+        if self._is_asleep or len(self._jobs) == self.enough:
+            self._calls.put(None)
 
     @contextlib.contextmanager
     def waiting_for_device(self) -> Iterator[None]:
@@ -137,7 +148,8 @@ class HostExecutor:
           HostCallError: as `submit`.
         """
         if self._thread is not None:
-            self._queue.put(_STOP)
+            self._is_closing = True
+            self._calls.put(None)
             self._thread.join()
             self._thread = None
         self.check()
@@ -163,8 +175,9 @@ class HostExecutor:
         if self._num_done >= num_done:
             return True
         end = None if seconds is None else time.monotonic() + seconds
-        # In this order: the worker first counts, then looks at the flag, so a job that ends meanwhile is not missed.
-        self._is_waited_for = True
+        # In this order: the worker first counts, then looks what is wanted, so a job that ends meanwhile is not missed.
+        self._num_wanted = num_done
+        self._calls.put(None)
         try:
             with in_phase("host work"):
                 while self._num_done < num_done and (end is None or time.monotonic() < end):
@@ -172,7 +185,7 @@ class HostExecutor:
                     if self._num_done < num_done:
                         self._progress.wait(None if end is None else max(0.0, end - time.monotonic()))
         finally:
-            self._is_waited_for = False
+            self._num_wanted = _NEVER
         return self._num_done >= num_done
 
     def __enter__(self) -> Self:
@@ -191,18 +204,43 @@ class HostExecutor:
 
     def _work(self) -> None:
         failed = False
-        while isinstance(job := self._queue.get(), _Job):
-            if not failed:
-                self._host_work.start()
-                try:
-                    job.run()
-                except BaseException as error:
-                    self._error, failed = _as_host_error(error, job.step), True
-                self._host_work.stop()
-            self._num_done += 1
-            note_move()
-            if self._is_waited_for:
-                self._progress.set()
+        while num_jobs := self._wait_for_jobs():
+            for _ in range(num_jobs):
+                job = self._jobs.popleft()
+                if not failed:
+                    self._host_work.start()
+                    try:
+                        job.run()
+                    except BaseException as error:
+                        self._error, failed = _as_host_error(error, job.step), True
+                    self._host_work.stop()
+                self._num_done += 1
+                note_move()
+                if self._num_done >= self._num_wanted:
+                    self._progress.set()
+
+    def _wait_for_jobs(self) -> int:
+        """Waits until jobs are to be run, and returns how many; 0 at the end."""
+        end = time.monotonic() + _LINGER_SECONDS
+        while len(self._jobs) < self.enough and not self._is_closing and self._num_wanted == _NEVER:
+            left = end - time.monotonic()
+            if left > 0:
+                with contextlib.suppress(queue.Empty):
+                    self._calls.get(timeout=left)
+            elif self._jobs:
+                break
+            else:
+                self._sleep()
+                end = time.monotonic() + _LINGER_SECONDS
+        while not self._jobs and not self._is_closing:  # somebody waits for jobs that are under way, or has waited
+            self._sleep()
+        return len(self._jobs)
+
+    def _sleep(self) -> None:
+        self._is_asleep = True
+        if not self._jobs and not self._is_closing:
+            self._calls.get()
+        self._is_asleep = False
 
 
 def _as_host_error(error: BaseException, step: int) -> BaseException:

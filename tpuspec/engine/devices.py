@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor
 
-from tpuspec.engine.arrays import fetch, fetch_pieces, host_array
+from tpuspec.engine.arrays import Buffers, fetch, fetch_pieces, host_array
 from tpuspec.engine.collectives import over_replicas
 from tpuspec.engine.executable import Form, as_exported, compile_loop, compile_step, has_convolutions, num_compiles
 from tpuspec.spec.engine import OWN, WHOLE, Layout, Run
@@ -36,6 +36,7 @@ class OneDevice:
 
     def __init__(self, devices: Sequence[Any]) -> None:
         self._devices = list(devices)
+        self._buffers = Buffers()
         # As jax.export names it; a device says 'gpu'.
         self._platform: str = "cuda" if devices[0].platform == "gpu" else devices[0].platform
 
@@ -56,8 +57,19 @@ class OneDevice:
     def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
         """Copies the batch into inputs of one run."""
         (tensors,) = batches
-        arrays = [host_array(tensor) for tensor in tensors]
-        return arrays if self._platform == "cpu" else self._send(arrays, layouts)
+        if self._platform == "cpu":
+            return self._buffers.copies(tensors)
+        return self._send([host_array(tensor) for tensor in tensors], layouts)
+
+    def of_steps(self, steps: Sequence[Sequence[Sequence[Tensor]]], layouts: Sequence[Layout],
+                 ) -> tuple[list[Any], list[list[Any]]]:
+        """Copies the batches of several steps into inputs of one run."""
+        if type(self) is OneDevice and self._platform == "cpu":
+            stacks = self._buffers.stacks([tensors for (tensors,) in steps])
+            if stacks is not None:
+                return stacks, [[stack[i] for stack in stacks] for i in range(len(steps))]
+        of_each = [self.of_batches(batches, layouts) for batches in steps]
+        return [self.stack(arrays) for arrays in zip(*of_each, strict=True)], of_each
 
     def own(self, values: Sequence[Any]) -> Any:
         """Returns an input that is every replica's own, of one number each."""
@@ -72,7 +84,7 @@ class OneDevice:
 
     def fetch(self, arrays: Sequence[Any]) -> list[Tensor]:
         """Copies arrays to the host."""
-        return fetch(arrays)
+        return fetch(arrays, is_near=self._platform == "cpu")
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         """As `fetch`: there is one replica."""

@@ -25,9 +25,11 @@ from tpuspec.loops.saving import Saver
 from tpuspec.loops.session import Session
 from tpuspec.spec.backend import CompiledStep, RunsSeveral
 from tpuspec.spec.phase import mark_step
-from tpuspec.spec.results import StepOutput, StepRows
+from tpuspec.spec.results import Batch, StepOutput, StepRows
 
 logger = logging.getLogger(__name__)
+
+_MOST_READY, _READY_SECONDS = 8, 2e-4
 
 _STALE_READS = ("deleted or donated", "while an async operation is in flight")
 
@@ -86,6 +88,7 @@ class TrainLoop:
     clock: Callable[[], float] = field(default=time.perf_counter)
     _is_in_step: bool = field(default=False, init=False)
     _ahead: deque[HostBatch] = field(default_factory=deque, init=False)
+    _ready: deque[tuple[HostBatch, list[Batch]]] = field(default_factory=deque, init=False)
     _input_error: Exception | None = field(default=None, init=False)
     _several: RunsSeveral | None = field(default=None, init=False)
 
@@ -154,7 +157,7 @@ class TrainLoop:
     def _run_steps(self, num_steps: int) -> tuple[bool, list[StepOutput]]:
         """Dispatches up to `num_steps` updates; returns whether the input ended, and the last outputs."""
         outputs: list[StepOutput] = []
-        last_step = self.session.global_step + num_steps
+        first_step, last_step = self.session.global_step, self.session.global_step + num_steps
         while self.session.global_step < last_step:
             if self.hooks.context.stop_requested:  # by a signal; hooks ask at boundaries
                 self.input_end.end()  # the other hosts are within this loop too
@@ -164,7 +167,9 @@ class TrainLoop:
                 last = self._run_several(self._several, batches)
                 outputs = last or outputs
                 continue
-            update = self._run_update()
+            # The first step may be traced, as hooks have run.
+            is_first = self.session.global_step == first_step
+            update = self._run_update(1 if is_first else last_step - self.session.global_step)
             if update is None:
                 self.input_end.end()  # a signal may have broken the draw off: the others must not wait for it
                 return True, outputs
@@ -175,13 +180,17 @@ class TrainLoop:
             self.drain.submit(self.session.global_step, outputs, rows)
         return False, outputs
 
-    def _run_update(self) -> tuple[list[StepOutput], StepRows] | None:
-        """Dispatches the batches of one update, several while gradients accumulate; None at the end of the input."""
+    def _run_update(self, num_left: int) -> tuple[list[StepOutput], StepRows] | None:
+        """Dispatches the batches of one update, several while gradients accumulate; None at the end of the input.
+
+        Args:
+          num_left: updates until the next boundary that may be replayed.
+        """
         micro_steps: list[list[StepOutput]] = []
         num_rows, position = 0, self.session.input_position
         while not micro_steps or not micro_steps[-1][0].is_update:
-            batch = self._draw()
-            if batch is None:
+            drawn = self._draw(num_left)
+            if drawn is None:
                 if micro_steps:
                     self.session.drop_gradients()
                     logger.warning("the input ended within an update: %d batches of accumulated gradients are dropped.",
@@ -190,19 +199,46 @@ class TrainLoop:
                 if not self.input_end.was_stopped and self.interruption.signal is None:
                     self.session.input_position = [ENDED]
                 return None
+            batch, fed = drawn
             num_rows += batch.rows.num_rows
             self._is_in_step = True
-            micro_steps.append(self.step(self.session.backend.feed(batch.replicas), len(micro_steps)))
+            micro_steps.append(self.step(fed, len(micro_steps)))
             position = batch.position
         self.session.input_position = position
         return join_micro_steps(micro_steps), _all_real(num_rows)
 
-    def _draw(self) -> HostBatch | None:
+    def _draw(self, num_left: int) -> tuple[HostBatch, list[Batch]] | None:
+        """Returns the next batch, also as it is fed; None at the end of the input.
+
+        Where that is quick, a few are made ready at once: the processor does one thing several times quicker than
+        several in turn. They are fewer than the steps that are replayed until the next boundary or trace, so that user
+        code finds the input where it would be without that.
+        """
+        if self._ready:
+            return self._ready.popleft()
+        feed = self.session.backend.feed
         if self._ahead:
-            return self._ahead.popleft()
+            batch = self._ahead.popleft()
+            return batch, feed(batch.replicas)
         if self._input_error is not None:
             raise self._input_error
-        return self._draw_next()
+        begun, batch = self.clock(), self._draw_next()
+        if batch is None:
+            return None
+        first = batch, feed(batch.replicas)
+        # Hosts ask one another at each batch, and must not wait there for a step that another one has to dispatch.
+        if self._several is not None and not self.input_end.is_shared:
+            most = min(num_left, self._several.num_replays_ahead, _MOST_READY)
+            while len(self._ready) + 1 < most and self.clock() - begun < _READY_SECONDS:
+                try:
+                    batch = self._draw_next()
+                    if batch is None:
+                        break
+                    self._ready.append((batch, feed(batch.replicas)))
+                except Exception as error:
+                    self._input_error = error
+                    break
+        return first
 
     def _draw_next(self) -> HostBatch | None:
         return draw(self.batches, self.interruption, self.input_end)
@@ -212,7 +248,7 @@ class TrainLoop:
 
         The steps before the end of the input, or before an error of it, do too.
         """
-        if num_steps == 1 or num_steps > num_left or self._input_error is not None:
+        if num_steps == 1 or num_steps > num_left or self._ready or self._input_error is not None:
             return []
         while len(self._ahead) < num_steps:
             try:

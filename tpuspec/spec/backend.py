@@ -119,6 +119,11 @@ class RunsSeveral(Protocol):
         """Steps that `run_several` takes now; 1 where they run one at a time."""
         ...
 
+    @property
+    def num_replays_ahead(self) -> int:
+        """Steps that will not be traced, if nothing happens meanwhile; 0 where that is not known."""
+        ...
+
     def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
         """As `Backend.feed`, for each of several steps."""
         ...

@@ -91,6 +91,19 @@ class Engine(Protocol):
         """
         ...
 
+    def of_steps(self, steps: Sequence[Sequence[Sequence[Tensor]]], layouts: Sequence[Layout],
+                 ) -> tuple[list[Any], list[list[Any]]]:
+        """Copies the batches of several steps, of one form, into inputs of one run.
+
+        Args:
+          steps: for each step its batches, as in `of_batches`.
+          layouts: of each tensor of a step.
+
+        Returns:
+          The inputs, [len(steps), ...] each; and for each step its arrays, as `of_batches` returns them.
+        """
+        ...
+
     def own(self, values: Sequence[Any]) -> Any:
         """Returns an input that is every replica's own, of one number each."""
         ...

@@ -76,6 +76,7 @@ class CapturedStep:
         self._in_flight = self._has_replayed = self._has_read = False
         self._num_reading = 0  # traces in a row: optimizers may read while they make their state
         self._written: set[int] = set()
+        self._written_by: Program | None = None
         self._newest: Program | None = None
         self._memory = Memory(step, state.replica)
         self._programs = KeptPrograms(name, state.replica, self._memory, self._runtime, mode=mode,
@@ -107,9 +108,10 @@ class CapturedStep:
             self._adopt()
         of_plans = (micro_step, batch.form, self._counters_now)
         key = (*of_plans, self._prepared(self._programs.plans.get(of_plans, ())))
-        program = next((program for program in self._programs.trusted.get(key, ())
-                        if program.may_run(self._state, batch, self._numbers)), None)
-        return key, program if program is not None and self._of_optimizers.are(program.known) else None
+        for program in self._programs.trusted.get(key, ()):
+            if program.may_run(self._state, batch, self._numbers):
+                return key, program if self._of_optimizers.are(program.known) else None
+        return key, None
 
     def publish(self, *, readable: bool = True) -> None:
         """Gives the newest state back to modules and optimizers."""
@@ -119,6 +121,7 @@ class CapturedStep:
             self._state.publish(self._numbers, self._written, readable=readable)
             self._of_optimizers.publish()
             self._written.clear()
+            self._written_by = None
             self._in_flight = False
             if self._has_replayed:
                 self._has_replayed = False
@@ -128,7 +131,10 @@ class CapturedStep:
 
     def _prepared(self, plans: Sequence[NumberPlan]) -> int:
         """Prepares the optimizers' numbers by the first plan that serves; returns its place, or that of a new one."""
-        return next((i for i, plan in enumerate(plans) if self._of_optimizers.prepare(plan)), len(plans))
+        for i, plan in enumerate(plans):
+            if self._of_optimizers.prepare(plan):
+                return i
+        return len(plans)
 
     def _adopt(self) -> None:
         if (holder := self._state.holder) not in (None, self):
@@ -212,21 +218,23 @@ class CapturedStep:
         state.seed = graph.next_seed(state.seed)
         result = program.compiled.run(feed) if program.compiled else []
         self._of_optimizers.advance()
-        for number, value in zip(program.written, result, strict=False):
-            state.values[number] = value
-        for number in program.dropped:
-            state.values[number] = None
-        if not self._written.issuperset(program.written):
-            self._written.update(program.written)
-        self._written.update(program.dropped)
+        state.values = program.write(state.values, result)
+        if self._written_by is not program:
+            self._written_by = program
+            self._written.update(program.written, program.dropped)
         return self._output(program.output, [sent[number] if from_batch else result[number]
                                              for from_batch, number in program.sources])
+
+    @property
+    def num_replays_ahead(self) -> int:
+        """Steps that will not be traced, if nothing happens meanwhile; 0 where that is not known."""
+        program = self._newest
+        return program.audit_at - program.num_replays if program is not None and self.kind == "replay" else 0
 
     def may_run_several(self, num_steps: int) -> bool:
         """Whether so many steps may come before the next audit, as one program."""
         program = self._newest
-        return self.kind == "replay" and program is not None and program.may_loop and (
-            program.num_replays + num_steps <= program.audit_at)
+        return program is not None and program.may_loop and self.num_replays_ahead >= num_steps
 
     def run_several(self, batches: Sequence[Sequence[SentBatch]], after_each: Callable[[], None],
                     ) -> list[list[StepOutput]] | None:
@@ -257,9 +265,9 @@ class CapturedStep:
         self._has_replayed, self.kind = True, "replay"
         state.leave_module()
         sent = [parts[0].arrays for parts in batches]
-        results = loop.run(loop.feed(state, sent, numbers))
-        for number, value in zip(program.written, results, strict=False):
-            state.values[number] = value
+        assert batches[0][0].of_steps is not None, "fed as those of several steps"
+        results = loop.run(loop.feed(state, batches[0][0].of_steps, numbers))
+        state.values = program.write(state.values, results)
         self._written.update(program.written)
         return [[self._output(program.output, [sent[step][number] if from_batch else OfStep(results[number], step)
                                        for from_batch, number in program.sources])] for step in range(len(batches))]

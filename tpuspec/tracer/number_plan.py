@@ -33,6 +33,11 @@ class NumberPlan:
         return tuple(node[1] for node in self.nodes if node[0] == "leaf")
 
     @functools.cached_property
+    def of_groups(self) -> tuple[Leaf, ...]:
+        """Those of the leaves that stand in the optimizers' groups."""
+        return tuple(leaf for leaf in self.leaves if leaf[0] == "group")
+
+    @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes of the inputs."""
         return tuple(DTYPES[dtype] for _, dtype in self.inputs)

@@ -88,7 +88,7 @@ class OptimizerNumbers:
 
     def adopt(self) -> tuple[Any, ...]:
         """Reads the numbers; returns which of them have one name."""
-        self._values, self._members, leaves = {}, {}, Leaves()
+        self._values, self._members, self._next, leaves = {}, {}, None, Leaves()
         self._moved.clear()
         for name, optimizer in self._replica.optimizers.items():
             for held in held_by(name, optimizer):
@@ -102,9 +102,14 @@ class OptimizerNumbers:
     def prepare(self, plan: NumberPlan) -> bool:
         """Computes the numbers of the next step, for `sent` and `advance`; returns whether the plan serves."""
         values = self._values
-        for leaf in plan.leaves:
-            if leaf[0] == "group":
-                values[leaf] = self._read_group(leaf)
+        is_moved = bool(plan.moves) or self._next is None or self._next[0] is not plan
+        for leaf in plan.of_groups:
+            value = self._read_group(leaf)
+            if value is not values.get(leaf):
+                values[leaf], is_moved = value, True
+        if not is_moved:  # as in the step before
+            return True
+        self._next = None
         outcome = plan.run(values)
         if outcome is None:
             return False
@@ -113,7 +118,11 @@ class OptimizerNumbers:
 
     def are(self, known: Mapping[Leaf, Any]) -> bool:
         """Whether some numbers are, in the prepared step, what they were."""
-        return all(is_same(self._values.get(leaf), value) for leaf, value in known.items())
+        for leaf, value in known.items():
+            now = self._values.get(leaf)
+            if now is not value and not is_same(now, value):
+                return False
+        return True
 
     def sent(self, send: Callable[[Sequence[Tensor]], list[Any]]) -> list[Any]:
         """Returns the inputs of the prepared step; sent anew where one changed."""
@@ -167,8 +176,9 @@ class OptimizerNumbers:
 
     def _read_group(self, leaf: Leaf) -> Any:
         _, name, number, key, index = leaf
-        group = self._replica.optimizers[name].param_groups[number]
-        value = group.get(key)
+        value = self._replica.optimizers[name].param_groups[number].get(key)
+        if index < 0 and type(value) is float:
+            return value
         if index >= 0:
             value = value[index] if type(value) in (tuple, list) and len(value) > index else None
         return value.item() if isinstance(value, Tensor) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -60,6 +61,8 @@ class Program:
     num_checked: int = 0
     audit_at: int = 2
     _loop: tuple[Loop | None] | None = None
+    _gather: Callable[[list[Any]], Sequence[Any]] | None = None
+    _scatter: tuple[int, Callable[[list[Any]], Sequence[Any]]] | None = None
 
     @classmethod
     def of(cls, recording: Recording, constants: Sequence[Any], previous: Recording, numbers: dict[Slot, int]) -> Self:
@@ -103,18 +106,37 @@ class Program:
 
     def feed(self, state: ReplicaState, batch: Sequence[Any], of_optimizers: OptimizerNumbers) -> list[Any]:
         """Returns the inputs of the next step."""
-        values, feed = state.values, self.template.copy()
-        for place, number in self.slots:
-            feed[place] = values[number]
-        for place, number in self.batch:
-            feed[place] = batch[number]
-        if self.numbers:
-            numbers = of_optimizers.sent(state.runtime.engine.put)
-            for place, number in self.numbers:
-                feed[place] = numbers[number]
-        for place, num_draws in self.seed:
-            feed[place] = _seed_value(state, num_draws)
-        return feed
+        numbers = of_optimizers.sent(state.runtime.engine.put) if self.numbers else ()
+        seeds = [_seed_value(state, num_draws) for _, num_draws in self.seed]
+        pool = [*self.template, *batch, *numbers, *seeds, *state.values]
+        if self._gather is None:  # there may be thousands of inputs: no line of Python for each
+            places = list(range(len(self.template)))
+            start = len(places)
+            for found, width in ((self.batch, len(batch)), (self.numbers, len(numbers)),
+                                 ([(place, i) for i, (place, _) in enumerate(self.seed)], len(seeds)),
+                                 (self.slots, 0)):
+                for place, number in found:
+                    places[place] = start + number
+                start += width
+            self._gather = _getter(places)
+        return list(self._gather(pool))
+
+    def write(self, values: list[Any], results: Sequence[Any]) -> list[Any]:
+        """Returns the values of all slots after the step.
+
+        Args:
+          values: of all slots, before it.
+          results: the outputs of the program.
+        """
+        num_values = len(values)
+        if self._scatter is None or self._scatter[0] != num_values:
+            places = list(range(num_values))
+            for output, number in enumerate(self.written):
+                places[number] = num_values + 1 + output
+            for number in self.dropped:
+                places[number] = num_values
+            self._scatter = num_values, _getter(places)
+        return list(self._scatter[1]([*values, None, *results]))
 
     @property
     def may_loop(self) -> bool:
@@ -154,13 +176,13 @@ class Loop:
     run: Run
     engine: Engine
 
-    def feed(self, state: ReplicaState, batches: Sequence[Sequence[Any]],
+    def feed(self, state: ReplicaState, batch: Sequence[Any],
              numbers: Sequence[tuple[NumberPlan, Sequence[Any]]]) -> list[Any]:
         """Returns the inputs, and moves the random seed on.
 
         Args:
           state: that the first step starts from.
-          batches: for each step the tensors of its batch.
+          batch: the tensors of the batches of all steps, [number of steps, ...].
           numbers: for each step the plan and the numbers of its optimizers.
         """
         program, stack = self.program, self.engine.stack
@@ -168,19 +190,26 @@ class Loop:
         for place, number in program.slots:
             feed[place] = state.values[number]
         for place, number in program.batch:
-            feed[place] = stack([batch[number] for batch in batches])
+            feed[place] = batch[number]
         columns = [torch.tensor([of_step[number] for _, of_step in numbers], dtype=numbers[0][0].dtypes[number])
                    for _, number in program.numbers]
         for (place, _), column in zip(program.numbers, self.engine.put(columns), strict=True):
             feed[place] = column
         seeds: list[list[Any]] = [[] for _ in program.seed]
-        for _ in batches:
+        for _ in numbers:
             for of_place, (_, num_draws) in zip(seeds, program.seed, strict=True):
                 of_place.append(_seed_value(state, num_draws))
             state.seed = graph.next_seed(state.seed)
         for of_place, (place, _) in zip(seeds, program.seed, strict=True):
             feed[place] = stack(of_place)
         return feed
+
+
+def _getter(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Returns a function from a list to its values at some places."""
+    if len(places) < 2:
+        return lambda pool: [pool[place] for place in places]
+    return operator.itemgetter(*places)
 
 
 def _seed_value(state: ReplicaState, num_draws: int) -> Any:

@@ -29,14 +29,19 @@ class SentBatch:
       send: copies its tensors to the device that steps are traced on.
       arrays: they as inputs of an engine's programs.
       layouts: of each.
+
+    Attributes:
+      form: nesting, shapes and dtypes.
+      of_steps: inputs that have the batches of several steps, [number of steps, ...]; None where it came alone.
     """
 
-    __slots__ = ("_nested", "_send", "_sent", "_source", "arrays", "layouts")
+    __slots__ = ("_nested", "_send", "_sent", "_source", "arrays", "form", "layouts", "of_steps")
 
     def __init__(self, source: Batch, send: Callable[[list[Tensor]], list[Tensor]], arrays: list[Any],
-                 layouts: Sequence[Layout]) -> None:
-        self.arrays, self.layouts = arrays, layouts
+                 layouts: Sequence[Layout], of_steps: Sequence[Any] | None = None) -> None:
+        self.arrays, self.layouts, self.of_steps = arrays, layouts, of_steps
         self._source, self._send = source, send
+        self.form = _form_of(source)
         self._sent: list[Tensor] | None = None
         self._nested: Batch | None = None
 
@@ -44,11 +49,6 @@ class SentBatch:
         if self._sent is None:
             self._sent = self._send(self._source.tensors())
         return self._sent
-
-    @property
-    def form(self) -> Hashable:
-        """Nesting, shapes and dtypes."""
-        return _form_of(self._source)
 
     @property
     def features(self) -> Any:

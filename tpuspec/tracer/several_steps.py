@@ -33,6 +33,11 @@ class SeveralSteps:
         is_ready = not self._is_next_alone and self._single.may_run_several(self._num_steps)
         return self._num_steps if is_ready else 1
 
+    @property
+    def num_replays_ahead(self) -> int:
+        """See `spec.backend.RunsSeveral`: none where the next ones may run as one program."""
+        return 0
+
     def __call__(self, batches: Sequence[Any], micro_step: int = 0) -> list[StepOutput]:
         """Dispatches one step; see `spec.backend.CompiledStep`."""
         self._is_next_alone = False

@@ -183,22 +183,32 @@ class XlaBackend:
         Raises:
           ConfigError: input_partition_dims do not fit the batch.
         """
-        batch, num_hosts = batches[0], 1
-        if self.topology.mesh:
-            num_hosts = self.topology.num_hosts
-            if len(batches) > 1:
-                joined = iter([torch.cat(parts) for parts in zip(*(each.tensors() for each in batches), strict=True)])
-                batch = batch.map(lambda _: next(joined))
-            batches = [batch]
-        layouts = self._runtime.layouts.of_batch(batch)
+        batches = self._of_programs(batches)
+        layouts = self._runtime.layouts.of_batch(batches[0])
         arrays = self._engine.of_batches([each.tensors() for each in batches], layouts)
+        return [SentBatch(batches[0], self._send, arrays, layouts)]  # type: ignore[list-item]  # a Batch in all but name
 
-        def send(tensors: list[Tensor]) -> list[Tensor]:
-            whole = [tensor.repeat(num_hosts, *[1] * (tensor.ndim - 1)) if num_hosts > 1 and tensor.ndim else tensor
-                     for tensor in tensors]
-            return graph.send_apart(whole, self._name)
+    def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+        """As `feed`, for the batches of several steps, which one program takes."""
+        steps = [self._of_programs(of_step) for of_step in batches]
+        layouts = self._runtime.layouts.of_batch(steps[0][0])
+        together, arrays = self._engine.of_steps([[each.tensors() for each in of_step] for of_step in steps], layouts)
+        return [[SentBatch(of_step[0], self._send, own, layouts, together)]  # type: ignore[list-item]  # as in feed
+                for of_step, own in zip(steps, arrays, strict=True)]
 
-        return [SentBatch(batch, send, arrays, layouts)]  # type: ignore[list-item]  # a Batch in all but name
+    def _of_programs(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Returns for each program of this host its batch: a mesh is one, with the rows of all replicas."""
+        if not self.topology.mesh or len(batches) == 1:
+            return batches
+        joined = iter([torch.cat(parts) for parts in zip(*(each.tensors() for each in batches), strict=True)])
+        return [batches[0].map(lambda _: next(joined))]
+
+    def _send(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Sends a batch to the device that traces, with as many rows as the replicas of a mesh over hosts have."""
+        num_hosts = self.topology.num_hosts if self.topology.mesh else 1
+        whole = [tensor.repeat(num_hosts, *[1] * (tensor.ndim - 1)) if num_hosts > 1 and tensor.ndim else tensor
+                 for tensor in tensors]
+        return graph.send_apart(whole, self._name)
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
         """Makes a step that is traced, compiled and, unless capture is off, replayed when it is called."""
@@ -244,6 +254,8 @@ class XlaBackend:
 
     def fetch(self, tree: T) -> T:
         """Copies every array and XLA tensor of the structure to the host."""
+        if type(tree) is list and not any(isinstance(leaf, Tensor) or not hasattr(leaf, "__array__") for leaf in tree):
+            return self._engine.fetch(tree)  # type: ignore[return-value]  # of replayed steps
         return self._fetch(tree, self._engine.fetch_whole)
 
     def fetch_pieces(self, tree: Any) -> Any:
@@ -398,12 +410,16 @@ class _Step:
     def num_at_once(self) -> int:
         return self._step.num_at_once if isinstance(self._step, SeveralSteps) else 1
 
+    @property
+    def num_replays_ahead(self) -> int:
+        return self._step.num_replays_ahead
+
     def __call__(self, batches: Sequence[Batch], micro_step: int = 0) -> list[StepOutput]:
         self._backend._newest = self._step
         return self._of_host(self._step(batches, micro_step))  # type: ignore[arg-type]  # made by feed
 
     def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        return [self._backend.feed(of_step) for of_step in batches]
+        return self._backend.feed_several(batches)
 
     def run_several(self, batches: Sequence[Sequence[Batch]], after_each: Callable[[], None],
                     ) -> list[list[StepOutput]] | None:
