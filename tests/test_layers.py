@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 BASE = {"errors", "cluster", "config", "mesh", "precision", "spec"}
 DEVICES = {"placement", "hosts"}  # what the ways to run a step share
-MIDDLE = {*DEVICES, "tracer", "engine", "native", "data", "drain", "summary", "checkpoint", "export"}
+MIDDLE = {*DEVICES, "tracer", "engine", "native", "data", "drain", "summary", "checkpoint", "export", "plan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "cluster": {"errors"},

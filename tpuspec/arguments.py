@@ -10,6 +10,7 @@ from typing import Any
 from tpuspec.config import InputPipelineConfig, RunConfig
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.spec.counts import check_above_zero, check_int, check_positive_int
+from tpuspec.spec.mode import ModeKeys
 
 RESERVED_PARAMS = ("batch_size", "context")
 
@@ -74,6 +75,20 @@ def batch_size_of(mode: str, size: int | None) -> int | None:
         return None
     check_positive_int(f"the batch size of mode {str(mode)!r}", size)
     return int(size)
+
+
+def check_modes(modes: Any) -> list[ModeKeys]:
+    """Returns modes as what they are named by: 'train', 'eval', 'predict'.
+
+    Raises:
+      ConfigError: one has another name, or there is none.
+    """
+    names = {"train": ModeKeys.TRAIN, "eval": ModeKeys.EVAL, "predict": ModeKeys.PREDICT,
+             ModeKeys.PREDICT: ModeKeys.PREDICT}
+    given = [modes] if isinstance(modes, str) else list(modes)
+    if not given or any(not isinstance(mode, str) or mode not in names for mode in given):
+        raise ConfigError(f"modes of a plan are 'train', 'eval' and 'predict', at least one; got {given}.")
+    return list(dict.fromkeys(names[mode] for mode in given))
 
 
 def check_eval_steps(steps: Any, *, on_xla: bool) -> None:

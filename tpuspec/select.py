@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from tpuspec.spec.backend import Backend
 from tpuspec.spec.coordinator import Coordinator
 from tpuspec.tracer.platforms import PJRT_DEVICE, choose_platform, is_pod, is_started, make_cpu_devices
 from tpuspec.tracer.topology import wanted_devices
+
+if TYPE_CHECKING:
+    from tpuspec.engine.topologies import TopologyEngines
 
 
 def select(config: RunConfig, *, use_tpu: bool) -> Backend:
@@ -53,6 +57,27 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     keep_programs(config)
     return XlaBackend.start(config, Engines(platform), platform=platform, reason=reason,
                             coordinator=_join_hosts(config, platform))
+
+
+def select_topology(config: RunConfig, name: str) -> tuple[Backend, TopologyEngines]:
+    """Returns a backend that traces, and compiles for a topology of TPU chips that are not there; nothing runs.
+
+    Args:
+      config: the settings of the run.
+      name: of the topology, such as 'v5e:2x2'.
+
+    Raises:
+      ConfigError: there is no such topology, or the settings do not fit it.
+      DeviceError: torch_xla or libtpu is missing.
+    """
+    choose_platform()
+    os.environ[PJRT_DEVICE] = "CPU"
+    from tpuspec.engine.topologies import TopologyEngines
+    from tpuspec.tracer.xla import XlaBackend
+
+    engines = TopologyEngines(name)
+    return XlaBackend.start(config.replace(capture=CaptureMode.require), engines, platform="TPU",
+                            reason=f"planned, {name}"), engines
 
 
 def _join_hosts(config: RunConfig, platform: str) -> Coordinator | None:

@@ -25,9 +25,12 @@ from tpuspec.export.bundle import Metadata
 from tpuspec.export.signature import describe
 from tpuspec.loops.ending import end_within
 from tpuspec.loops.interruption import interruptible
+from tpuspec.plan.plan import check_fits
+from tpuspec.plan.table import print_plan
 from tpuspec.schedule.exporters import compare_metric
 from tpuspec.schedule.train_and_evaluate import EXPORT_FOLDER
 
+PLAN_FILE = "plan.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
 _MOST_SECONDS_TO_END = 8.0
@@ -81,6 +84,8 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     if settings.mode in (Mode.evaluate, Mode.predict, Mode.export) and trainer.latest_checkpoint() is None:
         raise ConfigError(f"mode={settings.mode.name} needs a checkpoint, and model_dir {settings.model_dir} holds "
                           "none. Train first, or give the folder of a training run, model_dir=DIR.")
+    if settings.mode is Mode.plan:
+        return plan(job, trainer, functions)
     if settings.mode is Mode.predict:
         return predict(job, trainer, functions)
     if settings.mode is Mode.export:
@@ -172,6 +177,25 @@ def export(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[
         for name, signature in model.signatures.items():
             print(f"  {name}  {describe(signature.outputs)}")
         print(f"export: {path}", flush=True)
+    return {}
+
+
+def plan(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
+    """Compiles for each topology, prints a table of each and writes plan.json.
+
+    Raises:
+      PlanError: the run does not fit one of them; the tables say by how much.
+    """
+    settings = job.settings.plan
+    plans = []
+    for topology in settings.topology:
+        plans.append(trainer.plan(functions.input_fn, topology=topology, modes=settings.modes))
+        print_plan(plans[-1])
+    path = os.path.join(trainer.model_dir, PLAN_FILE)
+    with replacing(path) as file:
+        file.write(json.dumps([each.as_dict() for each in plans], indent=2))
+    print(f"plan: {path}", flush=True)
+    check_fits(plans)
     return {}
 
 

@@ -29,10 +29,11 @@ from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.memory import explain_out_of_memory
 from tpuspec.loops.model_source import ModelSource
+from tpuspec.loops.planning import plan_mode
 from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
-from tpuspec.loops.report import banner_facts
+from tpuspec.loops.report import banner_facts, layout_of
 from tpuspec.loops.saving import Saver, make_manager, make_policy, saves_in_pieces
 from tpuspec.loops.session import Session
 from tpuspec.loops.training_run import TrainingRun
@@ -40,8 +41,10 @@ from tpuspec.loops.variables import ReadsVariables
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
+from tpuspec.plan.chips import chip_of
+from tpuspec.plan.plan import ModePlan, Plan
 from tpuspec.schedule.history import read_eval_metrics
-from tpuspec.select import may_span_hosts, select
+from tpuspec.select import may_span_hosts, select, select_topology
 from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
@@ -375,6 +378,52 @@ class Trainer(ReadsVariables):
             model_fn=self._model_fn, config=self._config, source=self._source, store=self._store, trained=trained,
             to_cpu=self._export_to_cpu, to_tpu=self._export_to_tpu, progress=self._progress,
         ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra, metrics)
+
+    def plan(self, input_fn: Callable[..., Any], *, topology: str, modes: Sequence[ModeKeys | str] = (ModeKeys.TRAIN,),
+             ) -> Plan:
+        """Compiles the steps of a run for TPU chips that are not there, and says what they would need.
+
+        Nothing runs, no checkpoint is read or written, and the Trainer's own model stays as it is. Values of the model
+        do not matter: what the programs need depends on shapes.
+
+        Args:
+          input_fn: makes the input; one batch of each mode is drawn.
+          topology: a TPU generation and its chips along each side, such as 'v5e:2x2', 'v5e:4x4' or 'v5p:2x2x1'.
+          modes: to plan.
+
+        Raises:
+          ConfigError: there is no such topology, the settings do not fit it, or a step cannot be captured.
+          DeviceError: libtpu is missing.
+          InputError, SpecError and kin: as in train.
+        """
+        chosen = arguments.check_modes(modes)
+        backend, engines = select_topology(self._config, topology)
+        source = self._source
+        if isinstance(source.model, nn.Module):  # the user's own
+            source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
+        plans: list[ModePlan] = []
+        with keeping_random_state():
+            session = Session(backend, source, seed=self._seed, precision=self._config.precision)
+            for mode in chosen:
+                is_training = mode is ModeKeys.TRAIN
+                preparation = self._prepare(session, mode, on_xla=True)
+                if is_training:
+                    session.ensure_optimizers()
+                with contextlib.ExitStack() as stack:
+                    if is_training:
+                        session.set_training(True)
+                    else:
+                        stack.enter_context(session.evaluating(self._seed))
+                    prepared = preparation.run(input_fn)
+                    stack.enter_context(contextlib.closing(prepared.batches))
+                    facts, inputs, num_steps = plan_mode(
+                        session, prepared, engines.compile_newest,
+                        self._config.tpu_config.steps_per_execution if is_training else 1)
+                plans.append(ModePlan.of(
+                    "predict" if mode is ModeKeys.PREDICT else mode.value, facts, inputs, chip_of(topology),
+                    engines.num_devices() // engines.num_chips, self._batch_sizes[mode] or 0, num_steps))
+        return Plan(topology=topology, chip=engines.kind, num_chips=engines.num_chips,
+                    num_devices=engines.num_devices(), layout=layout_of(backend.topology), modes=tuple(plans))
 
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""

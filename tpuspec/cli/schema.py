@@ -28,6 +28,7 @@ class Mode(Enum):
     predict = "predict"
     train_and_evaluate = "train_and_evaluate"
     export = "export"
+    plan = "plan"
 
 
 class ExporterKind(Enum):
@@ -62,6 +63,19 @@ class ExportSettings:
     exports_to_keep: int | None = 5
     metric: str = "loss"
     higher_is_better: bool = False
+
+
+@dataclass
+class PlanSettings:
+    """What mode=plan compiles for.
+
+    Attributes:
+      topology: a TPU generation and its chips along each side, such as v5e:2x2; or a list of them.
+      modes: train, eval and predict, or some of these.
+    """
+
+    topology: Any = None
+    modes: list[str] = field(default_factory=lambda: ["train", "eval"])
 
 
 def _run_config_fields() -> list[tuple[str, Any, Any]]:
@@ -101,6 +115,7 @@ class TrainConfig:
       device: 'cpu' or 'cuda': plain PyTorch there, which sets use_tpu to false; None leaves it to use_tpu.
       quiet: whether to print results only.
       export: where exports go, and which programs they have.
+      plan: which chips mode=plan compiles for.
       run: RunConfig, and the number of steps.
       tpu: TPUConfig.
     """
@@ -124,6 +139,7 @@ class TrainConfig:
     device: str | None = None
     quiet: bool = False
     export: ExportSettings = field(default_factory=ExportSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
     run: RunSettings = field(default_factory=RunSettings)  # pyright: ignore[reportInvalidTypeForm]
     tpu: TPUConfig = field(default_factory=TPUConfig)
 
@@ -145,6 +161,7 @@ def run_config(settings: TrainConfig) -> RunConfig:
 
 
 _OF_EXPORTS = ("serving_input_fn", *(f"export.{f.name}" for f in dataclasses.fields(ExportSettings)))
+_OF_PLANS = tuple(f"plan.{f.name}" for f in dataclasses.fields(PlanSettings))
 _OF_EXPORTERS = ("export.exporters", "export.exports_to_keep", "export.metric", "export.higher_is_better")
 _WITHOUT_EFFECT = {
     Mode.train: ("run.eval_steps", "eval_batch_size", "eval_on_tpu", "predict_batch_size", *_OF_EXPORTS),
@@ -154,7 +171,10 @@ _WITHOUT_EFFECT = {
                               "export.checkpoint_path"),
     Mode.export: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", "predict_batch_size",
                   "eval_on_tpu", *_OF_EXPORTERS),
+    Mode.plan: ("run.max_steps", "run.steps", "run.eval_steps", "eval_on_tpu", *_OF_EXPORTS),
 }
+for _mode in set(Mode) - {Mode.plan}:
+    _WITHOUT_EFFECT[_mode] += _OF_PLANS
 _KEEPS, _COMPARES = (ExporterKind.best, ExporterKind.latest), (ExporterKind.best,)
 # What mode=train_and_evaluate ignores, unless there is an exporter of one of these kinds.
 _OF_KINDS = {"serving_input_fn": tuple(ExporterKind), "export.to_tpu": tuple(ExporterKind),
@@ -176,6 +196,8 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
     ignored = [key for key in given if key in _WITHOUT_EFFECT[mode]]
     if ignored:
         raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")
+    if mode is Mode.plan:
+        _check_plan(settings)
     if mode is Mode.train_and_evaluate:
         _check_exporters_of(given, settings.export.exporters)
     run = settings.run
@@ -205,6 +227,18 @@ def _check_exporters_of(given: Iterable[str], exporters: Iterable[ExporterKind])
         if kinds is not None and not set(kinds) & set(exporters):
             raise ConfigError(f"{key} has no effect with mode=train_and_evaluate, unless export.exporters has "
                               f"{' or '.join(kind.name for kind in kinds)}; leave it out, or add one.")
+
+
+def _check_plan(settings: TrainConfig) -> None:
+    named = settings.plan.topology
+    names = [named] if isinstance(named, str) else list(named or [])
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError("mode=plan needs plan.topology, a TPU generation and its chips along each side, or a list of "
+                          f"them; got {named!r}. Give plan.topology=v5e:2x2, or plan.topology=[v5e:2x2,v6e:2x2].")
+    settings.plan.topology = names
+    if not settings.use_tpu or settings.device is not None:
+        raise ConfigError("mode=plan compiles for TPU chips, and use_tpu=false (or device=) asks for plain PyTorch. "
+                          "Leave that out.")
 
 
 def _check_export(settings: TrainConfig) -> None:

@@ -31,7 +31,7 @@ class OneDevice:
     """
 
     num_replicas = num_devices = 1
-    batches_are_outputs = True
+    batches_are_outputs = has_values = True
     splits_state = False
 
     def __init__(self, devices: Sequence[Any]) -> None:

@@ -53,6 +53,15 @@ class Form(NamedTuple):
         return jax.ShapeDtypeStruct((num_steps, *self.shape), self.dtype, sharding=self.place_of_steps)
 
 
+def lower_step(call: Callable[..., Any], forms: Sequence[Form], donated: Sequence[int],
+               places: Sequence[Any] | None = None) -> Any:
+    """Makes a program ready to be compiled; see `compile_step`."""
+    with _donation_may_fail():
+        return jax.jit(
+            lambda *inputs: tuple(call(*inputs)), donate_argnums=tuple(donated), keep_unused=True,
+            out_shardings=None if places is None else tuple(places)).lower(*(form.of_step() for form in forms))
+
+
 def compile_step(call: Callable[..., Any], forms: Sequence[Form], donated: Sequence[int],
                  places: Sequence[Any] | None = None) -> Run:
     """Compiles a program.
@@ -65,11 +74,7 @@ def compile_step(call: Callable[..., Any], forms: Sequence[Form], donated: Seque
     """
     global _num_compiles
     _num_compiles += 1
-    with _donation_may_fail():
-        compiled = jax.jit(
-            lambda *inputs: tuple(call(*inputs)), donate_argnums=tuple(donated), keep_unused=True,
-            out_shardings=None if places is None else tuple(places)).lower(
-            *(form.of_step() for form in forms)).compile()
+    compiled = lower_step(call, forms, donated, places).compile()
 
     def run(inputs: Sequence[Any]) -> list[Any]:
         with jax.enable_x64(True):
@@ -97,6 +102,32 @@ def compile_loop(call: Callable[..., Any], forms: Sequence[Form], num_steps: int
       A function from the inputs of one step, with those stacked, to its outputs: the state after the last step, the
       others [num_steps, ...].
     """
+    global _num_compiles
+    _num_compiles += 1
+    lowered, (places, same, results, others) = lower_loop(
+        call, forms, num_steps, carried, stacked, num_outputs, places_of_state, places_of_steps)
+    compiled = lowered.compile()
+
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        made: list[Any] = [None] * num_outputs
+        with jax.enable_x64(True):
+            state, stacks = compiled(*(tuple([inputs[i] for i in each]) for each in (places, same, stacked)))
+        for result, array in zip((*results, *others), (*state, *stacks), strict=True):
+            made[result] = array
+        return made
+
+    return run
+
+
+def lower_loop(call: Callable[..., Any], forms: Sequence[Form], num_steps: int, carried: Sequence[tuple[int, int]],
+               stacked: Sequence[int], num_outputs: int, places_of_state: Sequence[Any] | None,
+               places_of_steps: Sequence[Any] | None) -> tuple[Any, tuple[list[int], ...]]:
+    """Makes a loop ready to be compiled; see `compile_loop`.
+
+    Returns:
+      The loop, a function of (state, what is the same in all steps, what is another in each); and the places of the
+      inputs of the first two, and the numbers of the outputs that are state and that are not.
+    """
     places, results = [place for place, _ in carried], [result for _, result in carried]
     same = [place for place in range(len(forms)) if place not in {*places, *stacked}]
     others = [result for result in range(num_outputs) if result not in set(results)]
@@ -110,24 +141,13 @@ def compile_loop(call: Callable[..., Any], forms: Sequence[Form], num_steps: int
 
         return jax.lax.scan(step, state, each, length=num_steps)
 
-    global _num_compiles
-    _num_compiles += 1
+    shardings = None if places_of_state is None or places_of_steps is None else (
+        tuple(places_of_state[result] for result in results), tuple(places_of_steps[other] for other in others))
     with _donation_may_fail():
-        shardings = None if places_of_state is None or places_of_steps is None else (
-            tuple(places_of_state[result] for result in results), tuple(places_of_steps[other] for other in others))
-        compiled = jax.jit(loop, donate_argnums=0, keep_unused=True, out_shardings=shardings).lower(
+        lowered = jax.jit(loop, donate_argnums=0, keep_unused=True, out_shardings=shardings).lower(
             tuple(forms[place].of_step() for place in places), tuple(forms[place].of_step() for place in same),
-            tuple(forms[place].of_steps(num_steps) for place in stacked)).compile()
-
-    def run(inputs: Sequence[Any]) -> list[Any]:
-        made: list[Any] = [None] * num_outputs
-        with jax.enable_x64(True):
-            state, stacks = compiled(*(tuple([inputs[i] for i in each]) for each in (places, same, stacked)))
-        for result, array in zip((*results, *others), (*state, *stacks), strict=True):
-            made[result] = array
-        return made
-
-    return run
+            tuple(forms[place].of_steps(num_steps) for place in stacked))
+    return lowered, (places, same, results, others)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 
 from tpuspec.loops.session import Session
 from tpuspec.mesh import format_mesh
+from tpuspec.spec.backend import Topology
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.results import EvalResult
 from tpuspec.summary.writer import SummaryWriter
@@ -37,6 +38,13 @@ def banner_facts(session: Session, *, model_dir: str, batch_sizes: Mapping[ModeK
         "seed": str(seed),
         "model_dir": model_dir,
     }
+
+
+def layout_of(topology: Topology) -> str:
+    """Says how a model uses the devices."""
+    if topology.mesh:
+        return f"mesh {format_mesh(topology.mesh)}"
+    return f"{topology.num_replicas} replicas" if topology.num_replicas > 1 else "one device"
 
 
 def write_results(writer: SummaryWriter, result: EvalResult, checkpoint_path: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +50,35 @@ class OfStep:
         return self.array.__array__(*args, **kwargs)[self.step]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledFacts:
+    """What a compiler says of a program, for one device.
+
+    Attributes:
+      argument_bytes: of each input.
+      output_bytes: of all outputs, those that lie where inputs lay included.
+      aliased_bytes: of these.
+      temporary_bytes: besides inputs and outputs, while it runs.
+      program_bytes: of its code.
+      flops: arithmetic operations.
+      accessed_bytes: that it reads and writes in memory.
+      collectives: kind -> (how many, bytes of their results).
+      seconds: that compiling took.
+      reason: why it does not compile; "" where it does.
+    """
+
+    argument_bytes: list[int]
+    output_bytes: int = 0
+    aliased_bytes: int = 0
+    temporary_bytes: int = 0
+    program_bytes: int = 0
+    flops: float = 0.0
+    accessed_bytes: float = 0.0
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+
 class Engine(Protocol):
     """Devices with what they hold, as arrays of their own kind.
 
@@ -62,8 +91,10 @@ class Engine(Protocol):
       num_devices: of all processes.
       batches_are_outputs: whether inputs of `of_batches` may be fetched as outputs are.
       splits_state: whether whole tensors of state need not lie in one process.
+      has_values: whether programs run; else arrays are shapes, and programs are compiled only.
     """
 
+    has_values: bool
     num_replicas: int
     num_devices: int
     batches_are_outputs: bool

@@ -36,6 +36,7 @@ from tpuspec.tracer.recording import (
 )
 from tpuspec.tracer.replica_state import ReplicaState
 from tpuspec.tracer.sent_batch import SentBatch
+from tpuspec.tracer.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,11 @@ class CapturedStep:
         """Steps that will not be traced, if nothing happens meanwhile; 0 where that is not known."""
         program = self._newest
         return program.audit_at - program.num_replays if program is not None and self.kind == "replay" else 0
+
+    @property
+    def inputs(self) -> list[Source] | None:
+        """Where the inputs of the program that was replayed last come from; None before one was."""
+        return None if self._newest is None else self._newest.recording.inputs
 
     def may_run_several(self, num_steps: int) -> bool:
         """Whether so many steps may come before the next audit, as one program."""

@@ -108,7 +108,14 @@ class GuardedReads:
             _of_thread.newest = None
 
     def read(self, tensor: Tensor) -> Any:
-        """Returns the number of a tensor of one element; None where it cannot be a guard. The trace stays as it is."""
+        """Returns the number of a tensor of one element; None where it cannot be a guard. The trace stays as it is.
+
+        Raises:
+          CaptureError: nothing runs that could compute it.
+        """
+        if not self._runtime.engine.has_values:
+            raise CaptureError(f"the step reads a value from the device at {user_place(sys._getframe(1))}, and a plan "
+                               "runs nothing that could compute it. Choose by torch.where on the device.")
         with self._reads.passed_over():
             root = graph.computed(tensor)
             if not self._is_alone and graph.has_collectives([root]):

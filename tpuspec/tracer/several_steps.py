@@ -8,6 +8,7 @@ from typing import Any
 from tpuspec.spec.results import StepOutput
 from tpuspec.tracer.capture import CapturedStep
 from tpuspec.tracer.sent_batch import SentBatch
+from tpuspec.tracer.sources import Source
 
 
 class SeveralSteps:
@@ -26,6 +27,11 @@ class SeveralSteps:
     def kind(self) -> str:
         """How the newest step ran, 'replay' or 'traced'."""
         return self._single.kind
+
+    @property
+    def inputs(self) -> list[Source] | None:
+        """Where the inputs of one step come from."""
+        return self._single.inputs
 
     @property
     def num_at_once(self) -> int:

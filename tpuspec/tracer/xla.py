@@ -91,6 +91,12 @@ class XlaBackend:
         """This backend, where a mesh spans several processes."""
         return self if self._engine.splits_state else None
 
+    def inputs_of_newest(self) -> list[tuple[str, str]]:
+        """Returns (kind, name) of each input of the program that was replayed last: of a `Slot`, or of a `Source`."""
+        inputs = self._newest.inputs if self._newest is not None else None
+        return [(source.key.kind, str(source.key)) if source.kind == "slot" else (source.kind, "")
+                for source in inputs or ()]
+
     @classmethod
     def start(cls, config: RunConfig, engines: Engines, *, platform: str, reason: str,
               coordinator: Coordinator | None = None) -> XlaBackend:
