@@ -61,7 +61,7 @@ operations: $(READY)  ## compares all of torch's operations on XLA with the CPU:
 	$(RUN) -m tests.operations.compare $(ARGS)
 
 lock: $(LOCKED)  ## writes requirements.lock from pyproject.toml: make lock ARGS=--upgrade
-	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --extra plan --generate-hashes --no-emit-index-url \
 	  --no-emit-find-links --custom-compile-command 'make lock' $(ARGS) --output-file requirements.lock pyproject.toml
 
 clean:  ## removes .venv, builds and caches; keeps runs

@@ -26,6 +26,7 @@ from tpuspec.errors import (
     NonFiniteLossError,
     TpuspecError,
 )
+from tpuspec.plan.plan import PlanError
 from tpuspec.spec.phase import phase_of, step_of
 from tpuspec.summary.readable import format_value
 
@@ -85,7 +86,7 @@ def report(error: BaseException, model_dir: str | None = None) -> int:
             STATE_REFUSED if isinstance(error, CheckpointError) else
             error.exit_code if isinstance(error, HangError) else FAILED)
     # HYDRA_FULL_ERROR is the switch that Hydra's users know.
-    is_of_user = code == FAILED and not isinstance(error, DeviceError | HostFailureError)
+    is_of_user = code == FAILED and not isinstance(error, DeviceError | HostFailureError | PlanError)
     if is_of_user:
         print(f"error: {_cause(error)}{_way_on(model_dir)}", file=sys.stderr)
     if is_of_user or os.environ.get("HYDRA_FULL_ERROR") == "1":

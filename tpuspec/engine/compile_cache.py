@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from tpuspec.config import RunConfig, compile_cache_folder
 
@@ -37,3 +40,16 @@ def keep_programs(config: RunConfig) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
     return folder
+
+
+@contextlib.contextmanager
+def cache_passed_over() -> Iterator[None]:
+    """Neither reads nor writes the cache within the block: a program for chips that are not there cannot be loaded."""
+    is_enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # jax asks for the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", is_enabled)
+        reset_cache()

@@ -16,6 +16,7 @@ import torch
 from jax.experimental import topologies
 from torch import Tensor
 
+from tpuspec.engine.compile_cache import cache_passed_over
 from tpuspec.engine.devices import OneDevice, Replicas
 from tpuspec.engine.executable import lower_loop, lower_step
 from tpuspec.engine.mesh import DeviceMesh
@@ -78,6 +79,7 @@ class TopologyEngines:
     def make_mesh(self, axes: Mapping[str, int], parts: Sequence[Sequence[int]] = ()) -> DeviceMesh:
         """Returns the engine of a mesh of all devices."""
         self.engine = engine = _DeviceMesh(self._devices, axes, parts)
+        engine.splits_state = False  # one process plans for all
         return engine
 
 
@@ -110,7 +112,7 @@ class _Planned(OneDevice):
         lowered, argument_bytes = self._newest
         begun = time.perf_counter()
         try:
-            with in_phase("compile"), jax.enable_x64(True):
+            with in_phase("compile"), jax.enable_x64(True), cache_passed_over():
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             return CompiledFacts(argument_bytes=argument_bytes, seconds=time.perf_counter() - begun, reason=str(error))

@@ -16,7 +16,8 @@ from tpuspec.spec.engine import CompiledFacts
 _KINDS = {"parameter": "parameters", "optimizer": "optimizer state", "hyper-parameter": "optimizer state",
           "buffer": "buffers", "attribute": "buffers", "gradient": "gradients", "batch": "batch"}
 _NUM_LARGEST = 5
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+_REFUSED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])\)?.{1,40}?([\d.]+)([KMGT])")
+"""The two ways in which libtpu says how much memory a program needs, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,8 @@ class ModePlan:
         peak = (sum(facts.argument_bytes) + facts.output_bytes - facts.aliased_bytes + facts.temporary_bytes
                 + facts.program_bytes)
         if facts.reason and (refused := _REFUSED.search(facts.reason)) is not None:
-            peak = _parse_bytes(*refused.groups()[:2])
+            needed, there = _parse_bytes(*refused.groups()[:2]), _parse_bytes(*refused.groups()[2:])
+            peak, capacity = max(peak, needed), there
         link_bytes = sum(size for _, size in facts.collectives.values())
         return cls(
             mode=mode, compiles=not facts.reason,
