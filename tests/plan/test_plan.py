@@ -89,7 +89,7 @@ def test_a_step_that_needs_more_memory_than_a_chip_has_says_by_how_much(tmp_path
     assert not plan.fits and json.loads(json.dumps(plan.as_dict()))["fits"] is False
     (train,) = plan.modes
     assert train.peak_bytes > 65536 ** 2 * 4 > train.capacity_bytes > 15 * 2**30 and "HBM" in train.reason
-    with pytest.raises(PlanError, match=r"mode train does not fit v5e:2x2: a device would need .* GiB .* has 15\.8 GiB"):
+    with pytest.raises(PlanError, match=r"train does not fit v5e:2x2: a device would need .* GiB .* has 15\.8 GiB"):
         check_fits([plan])
 
 

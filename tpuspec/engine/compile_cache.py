@@ -45,7 +45,7 @@ def keep_programs(config: RunConfig) -> Path | None:
 @contextlib.contextmanager
 def cache_passed_over() -> Iterator[None]:
     """Neither reads nor writes the cache within the block: a program for chips that are not there cannot be loaded."""
-    is_enabled = jax.config.jax_enable_compilation_cache
+    is_enabled = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  # jax does not type its settings
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # jax asks for the setting once
     try:
