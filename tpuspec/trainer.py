@@ -29,7 +29,7 @@ from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.loops.interruption import Interruption, interruptible
 from tpuspec.loops.memory import explain_out_of_memory
 from tpuspec.loops.model_source import ModelSource
-from tpuspec.loops.planning import plan_mode
+from tpuspec.loops.planning import Planning
 from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
 from tpuspec.loops.random_state import RunPosition, read_random_state
@@ -41,8 +41,7 @@ from tpuspec.loops.variables import ReadsVariables
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
-from tpuspec.plan.chips import chip_of
-from tpuspec.plan.plan import ModePlan, Plan
+from tpuspec.plan.plan import Plan
 from tpuspec.schedule.history import read_eval_metrics
 from tpuspec.select import may_span_hosts, select, select_topology
 from tpuspec.spec.counts import check_int
@@ -397,33 +396,21 @@ class Trainer(ReadsVariables):
           InputError, SpecError and kin: as in train.
         """
         chosen = arguments.check_modes(modes)
-        backend, engines = select_topology(self._config, topology)
-        source = self._source
-        if isinstance(source.model, nn.Module):  # the user's own
-            source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
-        plans: list[ModePlan] = []
+        backend, chips = select_topology(self._config, topology)
         with keeping_random_state():
-            session = Session(backend, source, seed=self._seed, precision=self._config.precision)
-            for mode in chosen:
-                is_training = mode is ModeKeys.TRAIN
-                preparation = self._prepare(session, mode, on_xla=True)
-                if is_training:
-                    session.ensure_optimizers()
-                with contextlib.ExitStack() as stack:
-                    if is_training:
-                        session.set_training(True)
-                    else:
-                        stack.enter_context(session.evaluating(self._seed))
-                    prepared = preparation.run(input_fn)
-                    stack.enter_context(contextlib.closing(prepared.batches))
-                    facts, inputs, num_steps = plan_mode(
-                        session, prepared, engines.compile_newest,
-                        self._config.tpu_config.steps_per_execution if is_training else 1)
-                plans.append(ModePlan.of(
-                    "predict" if mode is ModeKeys.PREDICT else mode.value, facts, inputs, chip_of(topology),
-                    engines.num_devices() // engines.num_chips, self._batch_sizes[mode] or 0, num_steps))
-        return Plan(topology=topology, chip=engines.kind, num_chips=engines.num_chips,
-                    num_devices=engines.num_devices(), layout=layout_of(backend.topology), modes=tuple(plans))
+            session = Session(backend, self._copied_source(), seed=self._seed, precision=self._config.precision)
+            planning = Planning(session=session, chips=chips, topology=topology, seed=self._seed,
+                                num_at_once=self._config.tpu_config.steps_per_execution)
+            plans = [planning.run(mode, self._prepare(session, mode, on_xla=True), input_fn,
+                                  self._batch_sizes[mode] or 0) for mode in chosen]
+        return Plan(topology=topology, chip=chips.kind, num_chips=chips.num_chips,
+                    num_devices=chips.num_devices(), layout=layout_of(backend.topology), modes=tuple(plans))
+
+    def _copied_source(self) -> ModelSource:
+        """Returns where another model comes from: the user's own module lives on the training devices."""
+        if not isinstance(self._source.model, nn.Module):
+            return self._source
+        return dataclasses.replace(self._source, model=copy.deepcopy(self._source.model).cpu())
 
     def _training_paused(self) -> contextlib.AbstractContextManager[None]:
         """Lets the input of a training that this call interrupts rest: the random state is another one meanwhile."""
@@ -432,10 +419,7 @@ class Trainer(ReadsVariables):
     def _session(self, on_xla: bool) -> Session:
         """Returns the model on the devices of one kind; built on first use."""
         if on_xla not in self._sessions:
-            source = self._source
-            if on_xla != self._use_tpu and isinstance(source.model, nn.Module):
-                # The user's own module lives on the training devices.
-                source = dataclasses.replace(source, model=copy.deepcopy(source.model).cpu())
+            source = self._source if on_xla == self._use_tpu else self._copied_source()
             if not on_xla and self._use_tpu and may_span_hosts(self._config, use_tpu=True):
                 self._session(True)  # the hosts of a pod meet over its devices, also to evaluate without them
             backend = select(self._config, use_tpu=on_xla)

@@ -127,7 +127,7 @@ def test_optimizers_arguments_take_the_types_of_its_class(command, calls, user_c
 
 def test_unknown_mode_lists_the_modes(command, capsys, folder):
     message = refused(command, capsys, folder, "config=digits", "mode=tain")
-    assert "mode must be one of train, evaluate, predict, train_and_evaluate, export; got 'tain'." in message
+    assert "mode must be one of train, evaluate, predict, train_and_evaluate, export, plan; got 'tain'." in message
 
 
 @pytest.mark.parametrize("arguments", [

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 if TYPE_CHECKING:
     from tpuspec.plan.plan import ModePlan, Plan
 
@@ -15,6 +12,9 @@ _LEAST_WIDTH = 72
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan, a column for each mode."""
+    from rich.console import Console  # costs a tenth of a second
+    from rich.table import Table
+
     chips = f"{plan.num_chips} chips" if plan.num_chips == plan.num_devices else (
         f"{plan.num_chips} chips, {plan.num_devices} devices")
     table = Table(title=f"{plan.topology} ({plan.chip}, {chips}), {plan.layout}", title_justify="left",
