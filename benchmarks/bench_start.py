@@ -22,7 +22,8 @@ from pathlib import Path
 
 from step_contenders.workloads import WORKLOADS
 
-CONTENDERS = {"tpuspec_trainer": ", steps_per_loop=5, steps_per_execution=1", "traced_loop": "", "jax_jit": ""}
+CONTENDERS = {"tpuspec_trainer": ", steps_per_loop=5, num_warm_up=5, steps_per_execution=1", "traced_loop": "",
+              "jax_jit": ""}
 FIRST_STEPS = """
 import sys
 sys.path.insert(0, {folder!r})
