@@ -17,7 +17,7 @@ from step_contenders.workloads import WORKLOADS, loss_of
 
 NEEDS = ("torch_xla",)
 STEPS_PER_LOOP = 100
-MOST_WARM_UP = 300
+LEAST_WARM_UP, MOST_WARM_UP = 50, 300  # batches are drawn up to two dozen steps ahead
 
 
 def prepare(workload_name: str, *, num_replicas: int = 1, steps_per_execution: int | None = None,
@@ -42,7 +42,7 @@ def prepare(workload_name: str, *, num_replicas: int = 1, steps_per_execution: i
                                          steps_per_execution=steps_per_execution or workload.steps_per_execution)))
 
     def measure(num_steps: int) -> float:
-        num_first = min(MOST_WARM_UP, 2 * num_steps) if num_warm_up is None else num_warm_up
+        num_first = min(MOST_WARM_UP, max(LEAST_WARM_UP, 2 * num_steps)) if num_warm_up is None else num_warm_up
         drawn: list[float] = []
 
         def input_fn(params):

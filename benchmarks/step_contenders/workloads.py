@@ -119,7 +119,7 @@ WORKLOADS = {
     "cnn": Workload(build=cnn, make_optimizer=adamw, features=(1, 8, 8), batch_size=64, num_steps=300,
                     steps_per_execution=4),
     "gpt": Workload(build=GPT, make_optimizer=adamw, features=(), batch_size=8, num_steps=300),
-    "convnet": Workload(build=convnet, make_optimizer=adamw, features=(3, 32, 32), batch_size=64, num_steps=6),
+    "convnet": Workload(build=convnet, make_optimizer=adamw, features=(3, 32, 32), batch_size=64, num_steps=20),
 }
 
 
