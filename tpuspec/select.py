@@ -6,10 +6,10 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from tpuspec.config import CaptureMode, RunConfig
+from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import ConfigError
 from tpuspec.hosts.environment import read_local_rank
 from tpuspec.hosts.pod import meet
@@ -45,12 +45,10 @@ def select(config: RunConfig, *, use_tpu: bool) -> Backend:
     if platform == "CPU" and wanted is not None and not is_started():
         make_cpu_devices(wanted // max(num_workers, 1), in_all=wanted)
     # Imported here: torch_xla and jax cost seconds, and read the environment when their clients start.
-    drawn = np.random.get_state()
-    from tpuspec.engine.compile_cache import keep_programs
-    from tpuspec.engine.engines import Engines
-    from tpuspec.tracer.xla import XlaBackend
-
-    np.random.set_state(drawn)  # the imports draw: the first run of a process would have other numbers than the next
+    with keeping_random_state():  # they draw: the first run of a process would have other numbers than the next
+        from tpuspec.engine.compile_cache import keep_programs
+        from tpuspec.engine.engines import Engines
+        from tpuspec.tracer.xla import XlaBackend
 
     if platform != "CPU":
         os.environ[PJRT_DEVICE] = "CPU"  # torch_xla traces; jax has the accelerator

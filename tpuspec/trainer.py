@@ -396,8 +396,8 @@ class Trainer(ReadsVariables):
           InputError, SpecError and kin: as in train.
         """
         chosen = arguments.check_modes(modes)
-        backend, chips = select_topology(self._config, topology)
         with keeping_random_state():
+            backend, chips = select_topology(self._config, topology)
             session = Session(backend, self._copied_source(), seed=self._seed, precision=self._config.precision)
             planning = Planning(session=session, chips=chips, topology=topology, seed=self._seed,
                                 num_at_once=self._config.tpu_config.steps_per_execution)

@@ -39,6 +39,7 @@ class OneDevice:
         self._buffers = Buffers()
         # As jax.export names it; a device says 'gpu'.
         self._platform: str = "cuda" if devices[0].platform == "gpu" else devices[0].platform
+        self._takes_host_arrays = self._platform == "cpu"
 
     @property
     def num_compiles(self) -> int:
@@ -57,14 +58,14 @@ class OneDevice:
     def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
         """Copies the batch into inputs of one run."""
         (tensors,) = batches
-        if self._platform == "cpu":
+        if self._takes_host_arrays:
             return self._buffers.copies(tensors)
         return self._send([host_array(tensor) for tensor in tensors], layouts)
 
     def of_steps(self, steps: Sequence[Sequence[Sequence[Tensor]]], layouts: Sequence[Layout],
                  ) -> tuple[list[Any], list[list[Any]]]:
         """Copies the batches of several steps into inputs of one run."""
-        if type(self) is OneDevice and self._platform == "cpu":
+        if self._takes_host_arrays:
             stacks = self._buffers.stacks([tensors for (tensors,) in steps])
             if stacks is not None:
                 return stacks, [[stack[i] for stack in stacks] for i in range(len(steps))]
@@ -166,7 +167,7 @@ class Several(OneDevice):
 
     def __init__(self, devices: Sequence[Any]) -> None:
         super().__init__(devices)
-        self.num_devices = len(devices)
+        self.num_devices, self._takes_host_arrays = len(devices), False
         self._is_local = all(device.process_index == jax.process_index() for device in devices)
 
     def fetch(self, arrays: Sequence[Any]) -> list[Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,19 +102,19 @@ def _beside_others() -> Iterator[None]:
 
 
 class _Planned(OneDevice):
-    """An engine whose arrays are shapes with places: it lowers programs, and runs none."""
+    """An engine whose arrays are shapes with places: it runs no program, and compiles the newest one when asked."""
 
     has_values = False
-    _newest: tuple[Any, list[int]] | None = None
+    _newest: tuple[Callable[[], Any], list[int]] | None = None
 
     def compile_newest(self) -> CompiledFacts:
         """Compiles the newest program; returns what the compiler says of it, for one device."""
         assert self._newest is not None, "a step comes first"
-        lowered, argument_bytes = self._newest
+        lower, argument_bytes = self._newest
         begun = time.perf_counter()
         try:
             with in_phase("compile"), jax.enable_x64(True), cache_passed_over():
-                compiled = lowered.compile()
+                compiled = lower().compile()
         except jax.errors.JaxRuntimeError as error:
             return CompiledFacts(argument_bytes=argument_bytes, seconds=time.perf_counter() - begun, reason=str(error))
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -141,7 +142,7 @@ class _Planned(OneDevice):
         return arrays[0]  # only programs say what they take
 
     def fetch(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Returns zeros, for nobody to read: what a step asks of the device while it is traced is a `fetch_read`."""
+        """Returns zeros, which stand where state is traced from; nobody reads them."""
         return [torch.zeros(array.shape, dtype=_OF_TORCH[str(array.dtype)]) for array in arrays]
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
@@ -156,10 +157,10 @@ class _Planned(OneDevice):
         exported = self._exported(program)
         with jax.enable_x64(True):
             forms = self._forms(exported, given)
-            lowered = lower_step(self._function(exported, given, made), forms, donated,
-                                 self._places(exported, made, num_kept))
+        lower = functools.partial(lower_step, self._function(exported, given, made), forms, donated,
+                                  self._places(exported, made, num_kept))
         outputs = self._outputs(exported, made)
-        facts = lowered, [_bytes_of(form.shape, form.dtype, form.place) for form in forms]
+        facts = lower, [_bytes_of(form.shape, form.dtype, form.place) for form in forms]
 
         def run(inputs: Sequence[Any]) -> list[Any]:
             self._newest = facts
@@ -172,15 +173,15 @@ class _Planned(OneDevice):
         exported = self._exported(program)
         with jax.enable_x64(True):
             forms = self._forms(exported, given)
-            lowered, _ = lower_loop(
-                self._function(exported, given, made), forms, num_steps, carried, stacked, len(made),
-                self._places(exported, made, len(carried)), self._places(exported, made, len(carried), stacked=True))
+        loop = functools.partial(
+            lower_loop, self._function(exported, given, made), forms, num_steps, carried, stacked, len(made),
+            self._places(exported, made, len(carried)), self._places(exported, made, len(carried), stacked=True))
         outputs = self._outputs(exported, made)
         sizes = [_bytes_of(form.shape, form.dtype, form.place) * (num_steps if place in set(stacked) else 1)
                  for place, form in enumerate(forms)]
 
         def run(inputs: Sequence[Any]) -> list[Any]:
-            self._newest = lowered, sizes
+            self._newest = (lambda: loop()[0]), sizes
             return outputs
 
         return run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -92,3 +94,14 @@ def _checked(dims: Any, tensor: Tensor, num_cores: int) -> Dims:
         raise ConfigError("Input partition dims must have the same number of dimensions as the `Tensor` to be "
                           f"partitioned. (tensor shape = {list(tensor.shape)}, input partition dims = {list(dims)}).")
     return tuple(dims)
+
+
+def all_parts(partition_dims: Any) -> list[tuple[int, ...]]:
+    """Returns each list of numbers of `input_partition_dims`."""
+    if isinstance(partition_dims, dict):
+        partition_dims = list(partition_dims.values())
+    if not isinstance(partition_dims, list | tuple):
+        return []
+    if partition_dims and all(isinstance(size, int) for size in partition_dims):
+        return [tuple(partition_dims)] if min(partition_dims) > 0 else []
+    return functools.reduce(operator.iadd, map(all_parts, partition_dims), [])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tpuspec.spec.engine import Engine, Layout, Run
@@ -66,8 +65,6 @@ class OnEngine:
 
     def take(self, values: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         """Returns inputs of the values of tensors on the device that traces; whole ones without layouts."""
-        if not self.engine.has_values:
-            values = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in values]
         return self.engine.put(graph.fetch(values) if self.engine.has_values else values, layouts)
 
     def seed(self, seed: int) -> Any:

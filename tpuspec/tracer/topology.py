@@ -41,6 +41,31 @@ def count_replicas(config: TPUConfig, *, num_devices: int, num_devices_per_host:
     return num_replicas
 
 
+def count_replicas_of_host(tpu: TPUConfig, platform: str, num_devices: int, num_hosts: int) -> int:
+    """Returns the replicas of each host.
+
+    Raises:
+      ConfigError, DeviceError: as `count_replicas`.
+    """
+    shards = tpu.num_shards
+    if platform == "CPU" and shards is not None:
+        if shards % num_hosts:
+            raise ConfigError(f"num_shards={shards} is counted over all processes, of which there are {num_hosts}; "
+                              "make it a multiple of them.")
+        if num_devices % (shards // num_hosts):
+            raise ConfigError(
+                f"TPUConfig.num_shards is not set correctly, it should be ({num_devices * num_hosts}), got ({shards}), "
+                "or divide it. The XLA client of this process already runs with that many CPU devices: set "
+                f"CPU_NUM_DEVICES={shards // num_hosts} before the first XLA call, or make the Trainer with the most "
+                "shards first. Leave it None to take what is found.")
+        return shards // num_hosts
+    num_replicas = count_replicas(tpu, num_devices=num_devices * num_hosts, num_devices_per_host=num_devices)
+    if num_hosts > 1 and num_replicas != num_devices * num_hosts:
+        raise ConfigError(f"num_shards=1 takes one device, and this run has {num_hosts} hosts. Leave it None, or start "
+                          "one process.")
+    return num_replicas // num_hosts
+
+
 def mesh_axes(config: TPUConfig, *, num_devices: int, takes_all: bool = True) -> dict[str, int]:
     """Returns the axes of the mesh that the devices of all hosts make.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -34,6 +33,7 @@ from tpuspec.tracer.capture import CapturedStep
 from tpuspec.tracer.client import start_client
 from tpuspec.tracer.constraint import constrained
 from tpuspec.tracer.formulas import register_formulas
+from tpuspec.tracer.input_partition import all_parts
 from tpuspec.tracer.kernels import register_kernels
 from tpuspec.tracer.layouts import MeshLayouts, ReplicaLayouts
 from tpuspec.tracer.on_engine import OnEngine
@@ -43,7 +43,7 @@ from tpuspec.tracer.sent_batch import SentBatch
 from tpuspec.tracer.several_steps import SeveralSteps
 from tpuspec.tracer.sharding_rules import shard_parameters
 from tpuspec.tracer.sync_batch_norm import syncing_batch_norm
-from tpuspec.tracer.topology import count_replicas, mesh_axes
+from tpuspec.tracer.topology import count_replicas_of_host, mesh_axes
 from tpuspec.tracer.torch_optimizers import check_supported
 from tpuspec.tracer.traced_step import TracedStep
 
@@ -128,12 +128,12 @@ class XlaBackend:
                 raise ConfigError(
                     f"each of the {num_hosts} hosts feeds the rows of its own replicas, and the mesh axis "
                     f"{DATA_AXIS!r} has {num_replicas}. Make it a multiple of the hosts.")
-            engine = engines.make_mesh(axes, _all_parts(tpu.input_partition_dims))
+            engine = engines.make_mesh(axes, all_parts(tpu.input_partition_dims))
             num_devices = math.prod(axes.values()) // num_hosts
             topology = settings(devices=tuple(f"{platform}:{i}" for i in range(num_devices)), mesh=axes,
                                 num_replicas_per_host=num_replicas // num_hosts, replicas_per_program=num_replicas)
         else:
-            num_replicas = _count_replicas(tpu, platform, num_devices, num_hosts)
+            num_replicas = count_replicas_of_host(tpu, platform, num_devices, num_hosts)
             engine = engines.make(num_replicas)
             topology = settings(devices=tuple(f"{platform}:{i}" for i in range(num_replicas)),
                                 num_replicas_per_host=num_replicas)
@@ -354,38 +354,6 @@ class XlaBackend:
           SpecError: the axes are not those of the mesh, or do not fit the tensor.
         """
         return constrained(tensor, axes, self.topology.mesh) if self.topology.mesh else tensor
-
-
-def _count_replicas(tpu: TPUConfig, platform: str, num_devices: int, num_hosts: int) -> int:
-    """Returns the replicas of this host."""
-    shards = tpu.num_shards
-    if platform == "CPU" and shards is not None:
-        if shards % num_hosts:
-            raise ConfigError(f"num_shards={shards} is counted over all processes, of which there are {num_hosts}; "
-                              "make it a multiple of them.")
-        if num_devices % (shards // num_hosts):
-            raise ConfigError(
-                f"TPUConfig.num_shards is not set correctly, it should be ({num_devices * num_hosts}), got ({shards}), "
-                "or divide it. The XLA client of this process already runs with that many CPU devices: set "
-                f"CPU_NUM_DEVICES={shards // num_hosts} before the first XLA call, or make the Trainer with the most "
-                "shards first. Leave it None to take what is found.")
-        return shards // num_hosts
-    num_replicas = count_replicas(tpu, num_devices=num_devices * num_hosts, num_devices_per_host=num_devices)
-    if num_hosts > 1 and num_replicas != num_devices * num_hosts:
-        raise ConfigError(f"num_shards=1 takes one device, and this run has {num_hosts} hosts. Leave it None, or start "
-                          "one process.")
-    return num_replicas // num_hosts
-
-
-def _all_parts(partition_dims: Any) -> list[tuple[int, ...]]:
-    """Returns each list of numbers of `input_partition_dims`."""
-    if isinstance(partition_dims, dict):
-        partition_dims = list(partition_dims.values())
-    if not isinstance(partition_dims, list | tuple):
-        return []
-    if partition_dims and all(isinstance(size, int) for size in partition_dims):
-        return [tuple(partition_dims)] if min(partition_dims) > 0 else []
-    return functools.reduce(operator.iadd, map(_all_parts, partition_dims), [])
 
 
 def _parts_of(numbers: Sequence[int], leaves: Sequence[Any]) -> Iterator[list[int]]:
