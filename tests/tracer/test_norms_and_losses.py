@@ -16,6 +16,9 @@ from tpuspec.tracer.kernels import register_kernels
 def _registered():
     register_formulas()
     register_kernels()
+    # As the Trainer does: torch's threads know XLA only if it started before the first backward of the process.
+    with torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 def outcome(function, given, device):
