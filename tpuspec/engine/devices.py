@@ -51,6 +51,11 @@ class OneDevice:
         arrays = [host_array(tensor) for tensor in tensors]
         return self._send(arrays, layouts or [WHOLE] * len(tensors))
 
+    def put_numbers(self, numbers: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Any]:
+        """Copies numbers, or lists of them, into inputs that are whole."""
+        tensors = [torch.tensor(number, dtype=dtype) for number, dtype in zip(numbers, dtypes, strict=True)]
+        return [host_array(tensor) for tensor in tensors] if self._takes_host_arrays else self.put(tensors)
+
     def put_stacked(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Copies host tensors of one replica, [1, ...]."""
         return self.put([tensor[0] for tensor in tensors])

@@ -113,6 +113,10 @@ class Engine(Protocol):
         """Copies host tensors [num_replicas, ...] to the devices, to each replica its own."""
         ...
 
+    def put_numbers(self, numbers: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Any]:
+        """Copies numbers, or lists of them, into inputs that are whole."""
+        ...
+
     def of_batches(self, batches: Sequence[Sequence[Tensor]], layouts: Sequence[Layout]) -> list[Any]:
         """Copies the tensors of this process's replicas into inputs for one run.
 

@@ -124,19 +124,19 @@ class OptimizerNumbers:
                 return False
         return True
 
-    def sent(self, send: Callable[[Sequence[Tensor]], list[Any]]) -> list[Any]:
-        """Returns the inputs of the prepared step; sent anew where one changed."""
+    def sent(self, send: Callable[[Sequence[Any], Sequence[torch.dtype]], list[Any]]) -> list[Any]:
+        """Returns the inputs of the prepared step; sent anew, by `Engine.put_numbers`, where one changed."""
         assert self._next is not None
         plan, numbers, _ = self._next
         kept = self._sent.get(id(plan))
         if kept is None:
             kept = self._sent[id(plan)] = (plan, [None] * len(numbers), [None] * len(numbers))
-        _, old, tensors = kept
+        _, old, arrays = kept
         if changed := [i for i, number in enumerate(numbers) if number != old[i]]:
-            fresh = send([torch.tensor(numbers[i], dtype=plan.dtypes[i]) for i in changed])
-            for i, tensor in zip(changed, fresh, strict=True):
-                old[i], tensors[i] = numbers[i], tensor
-        return tensors
+            fresh = send([numbers[i] for i in changed], [plan.dtypes[i] for i in changed])
+            for i, array in zip(changed, fresh, strict=True):
+                old[i], arrays[i] = numbers[i], array
+        return arrays
 
     def prepared(self) -> tuple[NumberPlan, list[Any]]:
         """Returns the plan and the inputs of the prepared step, as numbers."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
-
-import torch
 
 from tpuspec.spec.engine import Engine, Run
 from tpuspec.spec.results import StepOutput
@@ -106,7 +104,7 @@ class Program:
 
     def feed(self, state: ReplicaState, batch: Sequence[Any], of_optimizers: OptimizerNumbers) -> list[Any]:
         """Returns the inputs of the next step."""
-        numbers = of_optimizers.sent(state.runtime.engine.put) if self.numbers else ()
+        numbers = of_optimizers.sent(state.runtime.engine.put_numbers) if self.numbers else ()
         seeds = [_seed_value(state, num_draws) for _, num_draws in self.seed]
         pool = [*self.template, *batch, *numbers, *seeds, *state.values]
         if self._gather is None:  # there may be thousands of inputs: no line of Python for each
@@ -175,6 +173,7 @@ class Loop:
     program: Program
     run: Run
     engine: Engine
+    _sent: dict[int, tuple[list[Any], Any]] = field(default_factory=dict)
 
     def feed(self, state: ReplicaState, batch: Sequence[Any],
              numbers: Sequence[tuple[NumberPlan, Sequence[Any]]]) -> list[Any]:
@@ -191,9 +190,7 @@ class Loop:
             feed[place] = state.values[number]
         for place, number in program.batch:
             feed[place] = batch[number]
-        columns = [torch.tensor([of_step[number] for _, of_step in numbers], dtype=numbers[0][0].dtypes[number])
-                   for _, number in program.numbers]
-        for (place, _), column in zip(program.numbers, self.engine.put(columns), strict=True):
+        for (place, _), column in zip(program.numbers, self._columns(numbers), strict=True):
             feed[place] = column
         seeds: list[list[Any]] = [[] for _ in program.seed]
         for _ in numbers:
@@ -203,6 +200,16 @@ class Loop:
         for of_place, (place, _) in zip(seeds, program.seed, strict=True):
             feed[place] = stack(of_place)
         return feed
+
+    def _columns(self, numbers: Sequence[tuple[NumberPlan, Sequence[Any]]]) -> Iterator[Any]:
+        """Yields each number of the optimizers in all steps, as an input; sent anew where one changed."""
+        for _, number in self.program.numbers:
+            column = [of_step[number] for _, of_step in numbers]
+            sent = self._sent.get(number)
+            if sent is None or sent[0] != column:
+                (array,) = self.engine.put_numbers([column], [numbers[0][0].dtypes[number]])
+                sent = self._sent[number] = column, array
+            yield sent[1]
 
 
 def _getter(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:

@@ -22,6 +22,8 @@ from tpuspec.tracer.sent_batch import SentBatch
 from tpuspec.tracer.slots import GRADIENT, Slot, gradient_owners, read_slots
 from tpuspec.tracer.sources import Source
 
+_MOST_BYTES_SENT = 1 << 25
+
 
 class _Known(NamedTuple):
     """An array that has the value of a tensor of the state.
@@ -279,10 +281,14 @@ class ReplicaState:
         self._note_real([slots[slot] for slot in arrays], list(arrays.values()))
 
     def _send(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Copies arrays to where steps are traced."""
-        if not arrays:
-            return []
-        sent = graph.send(self._engine.fetch_whole(arrays), self.device)
+        """Copies arrays to where steps are traced, a part of them at a time: the host has no second copy of all."""
+        sent: list[Tensor] = []
+        begin = num_bytes = 0
+        for end, array in enumerate(arrays, start=1):
+            num_bytes += array.nbytes
+            if num_bytes >= _MOST_BYTES_SENT or end == len(arrays):
+                sent += graph.send(self._engine.fetch_whole(arrays[begin:end]), self.device)
+                begin, num_bytes = end, 0
         graph.forget_dtypes(sent)
         return sent
 
