@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -155,29 +155,45 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(x) + self.position)
         return self.norm(self.blocks(x)) @ self.embedding.weight.T
 
-    def sample(self, prompt: Tensor, starts: Tensor, temperature: float) -> Tensor:
-        """Draws the next byte of each sample, [batch], and moves the windows on.
-
-        Args:
-          prompt: bytes [batch, length].
-          starts: bool [batch], whether a sample begins with the prompt.
-          temperature: below 1 prefers likely bytes.
-        """
-        window = self.window[:len(prompt)]
-        current = torch.where(starts.unsqueeze(1), prompt, window)
-        logits = self(current)[:, -1] / temperature
-        # The largest of logits plus Gumbel noise is a draw from their softmax.
-        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)))
-        drawn = (logits + noise).argmax(dim=-1)
-        window.copy_(torch.cat([current[:, 1:], drawn.unsqueeze(1)], dim=1))
-        return drawn
-
 
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+class Samples(Protocol):
+    """What `sample` needs: a network, bytes [batch, length] -> logits [batch, length, 256], that keeps its samples.
+
+    Attributes:
+      window: newest bytes of each sample [num_samples, length].
+    """
+
+    window: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the logits."""
+        ...
+
+
+def sample(network: Samples, prompt: Tensor, starts: Tensor, temperature: float) -> Tensor:
+    """Draws the next byte of each sample, [batch], and moves the windows on.
+
+    Args:
+      network: whose window is on the device.
+      prompt: bytes [batch, length].
+      starts: bool [batch], whether a sample begins with the prompt.
+      temperature: below 1 prefers likely bytes.
+    """
+    window = network.window[:len(prompt)]
+    current = torch.where(starts.unsqueeze(1), prompt, window)
+    logits = network(current)[:, -1] / temperature
+    # The largest of logits plus Gumbel noise is a draw from their softmax.
+    noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)))
+    drawn = (logits + noise).argmax(dim=-1)
+    window.copy_(torch.cat([current[:, 1:], drawn.unsqueeze(1)], dim=1))
+    return drawn
 
 
 def model(params: Mapping[str, Any]) -> nn.Module:
@@ -212,7 +228,7 @@ def model_fn(features: Any, labels: Tensor | None, mode: str, params: Mapping[st
     """Builds one step.
 
     Args:
-      features: bytes [batch, length]; in PREDICT prompts and starts, see `GPT.sample`.
+      features: bytes [batch, length]; in PREDICT prompts and starts, see `sample`.
       labels: the next bytes [batch, length]; None in PREDICT.
       mode: a ModeKeys value.
       params: those of the config.
@@ -221,7 +237,7 @@ def model_fn(features: Any, labels: Tensor | None, mode: str, params: Mapping[st
       global_step: [1], the number of updates before this step.
     """
     if mode == ModeKeys.PREDICT:
-        drawn = model.sample(features["prompt"], features["starts"], params["temperature"])
+        drawn = sample(model, features["prompt"], features["starts"], params["temperature"])
         return TPUEstimatorSpec(mode=mode, predictions={"byte": drawn})
     assert labels is not None
     logits = model(features)
@@ -251,8 +267,8 @@ def write_summaries(global_step: Tensor, loss: Tensor, learning_rate: Tensor) ->
     tpuspec.summary.scalar("gpt_bytes/learning_rate", learning_rate[0], step=step)
 
 
-def print_sample(trainer: tpuspec.Trainer) -> None:
-    """Samples from the trained model, and prints the first sample behind its prompt."""
+def print_sample(trainer: tpuspec.Trainer, input_fn: Callable[..., Any] = input_fn) -> None:
+    """Samples from the trained model, and prints the first sample after its prompt."""
     num_samples = trainer.params["num_samples"]
     drawn = [int(prediction["byte"]) for prediction in trainer.predict(input_fn)]
     text = PROMPT + bytes(drawn[::num_samples])

@@ -133,7 +133,7 @@ def test_a_cold_temperature_draws_the_likeliest_byte_and_a_new_start_forgets_the
     with torch.no_grad():
         expected = model(prompt)[:, -1].argmax(dim=-1)
         for _ in range(3):
-            assert torch.equal(model.sample(prompt, torch.tensor([True, True]), 1e-6), expected)
+            assert torch.equal(gpt_bytes.sample(model, prompt, torch.tensor([True, True]), 1e-6), expected)
 
 
 @pytest.mark.slow

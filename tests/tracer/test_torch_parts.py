@@ -14,7 +14,7 @@ from torch.nn.utils import rnn
 from torch.utils.checkpoint import checkpoint
 
 from tests.tracer.test_capture import batches, kind, rows, run, sgd
-from tpuspec import CrossShardOptimizer, TPUEstimatorSpec
+from tpuspec import CrossShardOptimizer, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.errors import SpecUsageError
 from tpuspec.tracer.formulas import register_formulas
 from tpuspec.tracer.torch_parts import restore_torch
@@ -217,3 +217,17 @@ def test_a_second_trainer_of_another_precision_is_right(tmp_path):
     assert found[0] == found[3]
     assert found[1] == found[2]
     assert found[0][1] != found[1][1]
+
+
+def test_what_is_to_be_computed_again_is_not_merged_with_the_first_time(tmp_path):
+    flops = {}
+    for around in (without, reentrant, not_reentrant):
+        trainer = Trainer(model_fn, model=lambda params, around=around: Checkpointed(around), optimizer=sgd,
+                          model_dir=tmp_path, train_batch_size=8, config=RunConfig(
+                              show_progress=False, tpu_config=TPUConfig(num_shards=1)))
+        (train,) = trainer.plan(lambda params: iter([(torch.ones(8, 4), torch.ones(8, dtype=torch.long))]),
+                                topology="v5e:2x2").modes
+        flops[around] = train.flops
+    again = 2 * 8 * 4 * 8  # the product of the first layer, [8, 4] @ [4, 8]
+    assert flops[reentrant] >= flops[without] + again
+    assert flops[not_reentrant] >= flops[without] + again

@@ -12,9 +12,11 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import nn
 
+from tpuspec.tracer.rematerialization import keep_rematerialization
+
 
 def restore_torch() -> None:
-    """Puts torch's own nn.GRU and clip_grad_norm_ back, and gives torch the module `torch.xla`; once is enough.
+    """Puts torch's own nn.GRU and clip_grad_norm_ back, and mends torch.utils.checkpoint; once is enough.
 
     torch_xla replaces both for the whole process when it is imported: by a GRU that no CPU tensor can go through, nor
     an export, and a function that refuses foreach=True and puts a tensor on XLA where there is no gradient. torch's own
@@ -26,6 +28,7 @@ def restore_torch() -> None:
             setattr(owner, name, replaced._orig)
     if not hasattr(torch, "xla"):
         torch._register_device_module("xla", _device_module())
+    keep_rematerialization()
 
 
 def _device_module() -> types.ModuleType:
