@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock operations clean FORCE
+.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock operations release clean FORCE
 
 export UV_HTTP_TIMEOUT
 # Without compiled files each process compiles torch anew, which takes seconds.
@@ -46,8 +46,9 @@ format: $(READY)  ## sorts imports and mends what ruff can mend
 lint: $(READY)  ## ruff
 	$(RUN) -m ruff check $(ARGS)
 
-types: $(READY)  ## pyright
+types: $(READY)  ## pyright, by its strict rules for what a user writes
 	$(RUN) -m pyright
+	$(RUN) -m pyright -p tests/typing
 
 check: lint types test  ## lint, types and test: what CI runs
 
@@ -59,6 +60,9 @@ bench: $(READY)  ## runs every benchmarks/bench_*.py
 
 operations: $(READY)  ## compares all of torch's operations on XLA with the CPU: docs/operations.md, a quarter of an hour
 	$(RUN) -m tests.operations.compare $(ARGS)
+
+release: $(READY)  ## releases what stands on main: make release VERSION=0.2.0
+	.ci/release "$(VERSION)"
 
 lock: $(LOCKED)  ## writes requirements.lock from pyproject.toml: make lock ARGS=--upgrade
 	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --extra plan --generate-hashes --no-emit-index-url \

@@ -42,6 +42,12 @@ def test_wheel_has_only_the_packages_and_the_configs(wheel):
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 
+def test_the_wheel_is_typed_and_has_the_command(wheel):
+    assert "tpuspec/py.typed" in wheel.namelist()
+    (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "tpuspec = tpuspec.train:command" in wheel.read(entries).decode().replace("\"", "")
+
+
 @pytest.mark.parametrize("pattern", ["configs/*.yaml", "configs/config/*.yaml", "recipes/*.py", "tpuspec/**/*.py"])
 def test_wheel_holds_every(pattern, wheel):
     files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}

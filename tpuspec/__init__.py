@@ -10,6 +10,7 @@ from tpuspec.schedule.specs import EvalSpec, TrainSpec
 from tpuspec.schedule.train_and_evaluate import train_and_evaluate
 from tpuspec.spec.estimator_spec import EstimatorSpec, TPUEstimatorSpec
 from tpuspec.spec.export_output import ClassificationOutput, PredictOutput, RegressionOutput
+from tpuspec.spec.functions import InputFn, ModelFn
 from tpuspec.spec.hooks import CheckpointSaverListener, HookContext, SessionRunHook
 from tpuspec.spec.host_call import HostCall
 from tpuspec.spec.mode import ModeKeys
@@ -31,10 +32,12 @@ __all__ = [
     "FinalExporter",
     "HookContext",
     "HostCall",
+    "InputFn",
     "InputPipelineConfig",
     "LatestExporter",
     "LaunchInfo",
     "ModeKeys",
+    "ModelFn",
     "PredictOutput",
     "RegressionOutput",
     "RunConfig",

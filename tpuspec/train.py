@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: the user's code raised it, or SIGTERM came, with code 143.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # tpuspec train config=NAME
+        argv = argv[1:]
     started = datetime.now().astimezone()
     environment = describe_environment(argv, version=tpuspec.__version__, started=started)
     with interruptible(tpuspec.RunConfig.grace_seconds, owns_process=True):

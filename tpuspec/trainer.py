@@ -45,7 +45,7 @@ from tpuspec.plan.plan import Plan
 from tpuspec.schedule.history import read_eval_metrics
 from tpuspec.select import may_span_hosts, select, select_topology
 from tpuspec.spec.counts import check_int
-from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory, check_model_fn
+from tpuspec.spec.functions import InputFn, ModelFactory, ModelFn, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.names import check_name
@@ -64,7 +64,7 @@ class Trainer(ReadsVariables):
     """Drives XLA devices, or plain PyTorch on a CPU or a GPU, with one model_fn.
 
     Args:
-      model_fn: builds one step; see `tpuspec.spec.functions.ModelFn`.
+      model_fn: builds one step; see `tpuspec.ModelFn`.
       model: function of params that returns the module, or the module itself.
       optimizer: function of (module, params) that returns an optimizer, or a dict of several by name.
       scheduler: function of (what optimizer returned, params) that returns a torch.optim.lr_scheduler schedule, or a
@@ -87,7 +87,7 @@ class Trainer(ReadsVariables):
     """
 
     def __init__(
-            self, model_fn: Callable[..., Any], *, model: ModelFactory | nn.Module | None = None,
+            self, model_fn: ModelFn, *, model: ModelFactory | nn.Module | None = None,
             optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None,
             model_dir: str | os.PathLike[str] | None = None, config: RunConfig | None = None,
             params: Mapping[str, Any] | None = None, use_tpu: bool = True,
@@ -158,13 +158,13 @@ class Trainer(ReadsVariables):
         return self._session(self._use_tpu).backend.coordinator.share(value)
 
     @watched
-    def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
+    def train(self, input_fn: InputFn, hooks: Iterable[SessionRunHook] | None = None,
               steps: int | None = None, max_steps: int | None = None,
               saving_listeners: Iterable[CheckpointSaverListener] | None = None) -> Self:
         """Trains from the newest checkpoint, or from the start.
 
         Args:
-          input_fn: makes the input; see `tpuspec.spec.functions.InputFn`.
+          input_fn: makes the input; see `tpuspec.InputFn`.
           hooks: called at every loop boundary.
           steps: updates to add.
           max_steps: global step to end at; if it is reached, nothing is done.
@@ -205,7 +205,7 @@ class Trainer(ReadsVariables):
                         self._interruption)
         return self
 
-    def _train(self, session: Session, preparation: Preparation, input_fn: Callable[..., Any],
+    def _train(self, session: Session, preparation: Preparation, input_fn: InputFn,
                hooks: Sequence[SessionRunHook], listeners: Sequence[CheckpointSaverListener], steps: int | None,
                max_steps: int | None, interruption: Interruption) -> None:
         save_policy = make_policy(self._config, session.backend.coordinator)
@@ -252,7 +252,7 @@ class Trainer(ReadsVariables):
             interruption.end(told)
 
     @watched
-    def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,
+    def evaluate(self, input_fn: InputFn, steps: int | None = None,
                  hooks: Iterable[SessionRunHook] | None = None, checkpoint_path: str | os.PathLike[str] | None = None,
                  name: str | None = None) -> EvalResult:
         """Evaluates the newest weights, or a checkpoint's, over the whole input.
@@ -313,7 +313,7 @@ class Trainer(ReadsVariables):
         return os.path.join(self.model_dir, f"eval_{check_name(name)}" if name else "eval")
 
     @watched_generator
-    def predict(self, input_fn: Callable[..., Any], predict_keys: Sequence[str] | None = None,
+    def predict(self, input_fn: InputFn, predict_keys: Sequence[str] | None = None,
                 hooks: Iterable[SessionRunHook] | None = None,
                 checkpoint_path: str | os.PathLike[str] | None = None,
                 yield_single_examples: bool = True) -> Generator[Any, None, None]:
@@ -378,7 +378,7 @@ class Trainer(ReadsVariables):
             to_cpu=self._export_to_cpu, to_tpu=self._export_to_tpu, progress=self._progress,
         ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra, metrics)
 
-    def plan(self, input_fn: Callable[..., Any], *, topology: str, modes: Sequence[ModeKeys | str] = (ModeKeys.TRAIN,),
+    def plan(self, input_fn: InputFn, *, topology: str, modes: Sequence[ModeKeys | str] = (ModeKeys.TRAIN,),
              ) -> Plan:
         """Compiles the steps of a run for TPU chips that are not there, and says what they would need.
 

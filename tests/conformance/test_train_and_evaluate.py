@@ -117,11 +117,11 @@ def test_tae_02_an_eval_spec_of_something_else_is_refused(arguments, kind, says)
 
 def test_tae_02_an_eval_spec_has_defaults_and_tuples():
     spec = EvalSpec(input_fn)
-    assert (spec.steps, spec.name, spec.hooks, spec.exporters) == (100, None, (), ())
+    assert (spec.steps, spec.name, spec.hooks, spec.exporters) == (None, None, (), ())
     assert (spec.start_delay_secs, spec.throttle_secs) == (120, 600)
     one = Recorder()
     assert EvalSpec(input_fn, exporters=one).exporters == (one,)
-    assert EvalSpec(input_fn, steps=None).steps is None
+    assert EvalSpec(input_fn, steps=100).steps == 100
 
 
 def test_tae_03_the_eval_spec_is_checked_first_then_the_trainer_then_the_train_spec(tmp_path):

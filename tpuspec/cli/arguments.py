@@ -12,7 +12,7 @@ from tpuspec.cli.choices import Choice, format_choices
 from tpuspec.errors import ConfigError
 
 _HELP = """\
-usage: python -m tpuspec.train config=NAME [mode=MODE] [KEY=VALUE ...] [options]
+usage: tpuspec config=NAME [mode=MODE] [KEY=VALUE ...] [options]       (or python -m tpuspec.train ...)
 
 Trains, evaluates, predicts or exports with a model_fn that returns a TPUEstimatorSpec.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from tpuspec.errors import ConfigTypeError
 from tpuspec.loops.hooks import check_hooks, check_listeners
 from tpuspec.schedule.exporters import Exporter, check_exporters
 from tpuspec.spec.counts import check_above_zero, check_int, check_seconds
-from tpuspec.spec.functions import check_input_fn
+from tpuspec.spec.functions import InputFn, check_input_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.names import check_name
 
@@ -43,7 +43,7 @@ class TrainSpec:
     Source: tf.estimator.TrainSpec.
     """
 
-    input_fn: Callable[..., Any]
+    input_fn: InputFn
     max_steps: int | None = None
     hooks: Iterable[SessionRunHook] | None = None
     saving_listeners: Iterable[CheckpointSaverListener] | None = None
@@ -61,7 +61,7 @@ class EvalSpec:
 
     Attributes:
       input_fn: as `Trainer.evaluate` takes it.
-      steps: batches of each evaluation at most; None runs to the end of the input.
+      steps: batches of each evaluation at most; None, where TPUEstimator has 100, runs to the end of the input.
       name: of the evaluations.
       hooks: as `Trainer.evaluate` takes them; kept as a tuple.
       exporters: one or several, called behind each evaluation; kept as a tuple.
@@ -74,8 +74,8 @@ class EvalSpec:
     Source: tf.estimator.EvalSpec.
     """
 
-    input_fn: Callable[..., Any]
-    steps: int | None = 100
+    input_fn: InputFn
+    steps: int | None = None
     name: str | None = None
     hooks: Iterable[SessionRunHook] | None = None
     exporters: Exporter | Iterable[Exporter] | None = None

@@ -15,6 +15,7 @@ from tpuspec.config import RunConfig
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
 from tpuspec.schedule.exporters import Exports, FinalExporter
 from tpuspec.schedule.specs import EvalSpec, TrainSpec
+from tpuspec.spec.functions import InputFn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
 from tpuspec.spec.phase import in_phase
 from tpuspec.spec.results import EvalResult
@@ -47,11 +48,11 @@ class Trains(Exports, Protocol):
 
     def latest_checkpoint(self) -> str | None: ...
 
-    def train(self, input_fn: Callable[..., Any], hooks: Iterable[SessionRunHook] | None = None,
+    def train(self, input_fn: InputFn, hooks: Iterable[SessionRunHook] | None = None,
               steps: int | None = None, max_steps: int | None = None,
               saving_listeners: Iterable[CheckpointSaverListener] | None = None) -> Any: ...
 
-    def evaluate(self, input_fn: Callable[..., Any], steps: int | None = None,
+    def evaluate(self, input_fn: InputFn, steps: int | None = None,
                  hooks: Iterable[SessionRunHook] | None = None, checkpoint_path: str | os.PathLike[str] | None = None,
                  name: str | None = None) -> EvalResult: ...
 

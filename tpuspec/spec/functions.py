@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,43 +21,33 @@ MODEL_FN_ARGUMENTS = ("features", "labels", "mode", "params", "config", "model",
 INPUT_FN_ARGUMENTS = ("params", "mode", "config", "input_context")
 
 
-class ModelFn(Protocol):
-    """Builds one step; called with the arguments it names out of MODEL_FN_ARGUMENTS, by keyword.
+ModelFn = Callable[..., TPUEstimatorSpec | EstimatorSpec]
+"""Builds one step; called with the arguments it names out of MODEL_FN_ARGUMENTS, by keyword. It returns the spec.
 
-    It is traced: a step that was compiled is replayed without calling it, so side effects belong in `host_call`. It is
-    also called once before the first step of a mode, on the first batch, to check the spec before anything is compiled;
-    what that call changes (buffers, random state) is put back.
+It is traced: a step that was compiled is replayed without calling it, so side effects belong in `host_call`. It is
+also called once before the first step of a mode, on the first batch, to check the spec before anything is compiled;
+what that call changes (buffers, random state) is put back.
 
-    Arguments it may name:
-      features: as input_fn yields them, this replica's rows: [batch, ...] tensors on the device.
-      labels: likewise, or None; always None in PREDICT.
-      mode: a ModeKeys value.
-      params: a copy of the Trainer's, plus 'batch_size', 'use_tpu' and on XLA 'context'.
-      config: a copy of the RunConfig.
-      model: the module, on the device, in train() or eval() mode.
-      optimizer: what the Trainer's optimizer function returned; None outside TRAIN.
-      global_step: int64 [1] on the device, the value before this step.
-    """
+Arguments it may name:
+  features: as input_fn yields them, this replica's rows: [batch, ...] tensors on the device.
+  labels: likewise, or None; always None in PREDICT.
+  mode: a ModeKeys value.
+  params: a copy of the Trainer's, plus 'batch_size', 'use_tpu' and on XLA 'context'.
+  config: a copy of the RunConfig.
+  model: the module, on the device, in train() or eval() mode.
+  optimizer: what the Trainer's optimizer function returned; None outside TRAIN.
+  global_step: int64 [1] on the device, the value before this step.
+"""
 
-    def __call__(self, **arguments: Any) -> TPUEstimatorSpec | EstimatorSpec:
-        """Returns the spec of one step."""
-        ...
+InputFn = Callable[..., Any]
+"""Makes the input: a Dataset, a DataLoader, or an iterable of batches. Called with the arguments it names, by keyword.
 
-
-class InputFn(Protocol):
-    """Makes the input; called with the arguments it names out of INPUT_FN_ARGUMENTS, by keyword.
-
-    Arguments it may name (`params` it must):
-      params: a copy of the Trainer's, plus 'batch_size' and on XLA 'context'.
-      mode: a ModeKeys value.
-      config: a copy of the RunConfig.
-      input_context: the deployment of this call.
-    """
-
-    def __call__(self, **arguments: Any) -> Iterable[Any]:
-        """Returns a Dataset, a DataLoader, or an iterable of batches."""
-        ...
-
+Arguments it may name (`params` it must):
+  params: a copy of the Trainer's, plus 'batch_size' and on XLA 'context'.
+  mode: a ModeKeys value.
+  config: a copy of the RunConfig.
+  input_context: the deployment of this call.
+"""
 
 ModelFactory = Callable[[Mapping[str, Any]], nn.Module]
 OptimizerFactory = Callable[[nn.Module | None, Mapping[str, Any]], Optimizer | dict[str, Optimizer]]
