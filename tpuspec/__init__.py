@@ -16,6 +16,7 @@ from tpuspec.spec.host_call import HostCall
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.scaffold import Scaffold
 from tpuspec.spec.train_op import CrossShardOptimizer, TrainOp, constrain
+from tpuspec.spec.warm_start import VocabInfo, WarmStartSettings
 from tpuspec.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -49,6 +50,8 @@ __all__ = [
     "TrainOp",
     "TrainSpec",
     "Trainer",
+    "VocabInfo",
+    "WarmStartSettings",
     "constrain",
     "early_stopping",
     "export",

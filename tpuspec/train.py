@@ -29,6 +29,7 @@ from tpuspec.plan.plan import check_fits
 from tpuspec.plan.table import print_plan
 from tpuspec.schedule.exporters import compare_metric
 from tpuspec.schedule.train_and_evaluate import EXPORT_FOLDER
+from tpuspec.spec.warm_start import parse_warm_start
 
 PLAN_FILE = "plan.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -76,14 +77,17 @@ def run(job: Job, environment: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     settings = job.settings
     functions = resolve_functions(settings, job.prefixes)
+    warm_start_from = parse_warm_start(settings.warm_start_from)
     trainer = tpuspec.Trainer(
         functions.model_fn, model=functions.model, optimizer=functions.optimizer,
         scheduler=functions.scheduler, model_dir=settings.model_dir, config=run_config(settings),
         params=settings.params, use_tpu=settings.use_tpu,
         train_batch_size=settings.train_batch_size, eval_batch_size=settings.eval_batch_size,
         predict_batch_size=settings.predict_batch_size, batch_axis=settings.batch_axis,
-        eval_on_tpu=settings.eval_on_tpu, export_to_tpu=settings.export.to_tpu, export_to_cpu=settings.export.to_cpu)
-    if settings.mode in (Mode.evaluate, Mode.predict, Mode.export) and trainer.latest_checkpoint() is None:
+        eval_on_tpu=settings.eval_on_tpu, export_to_tpu=settings.export.to_tpu, export_to_cpu=settings.export.to_cpu,
+        warm_start_from=None if settings.mode is Mode.plan else warm_start_from)
+    needs_checkpoint = settings.mode in (Mode.evaluate, Mode.predict, Mode.export) and warm_start_from is None
+    if needs_checkpoint and trainer.latest_checkpoint() is None:
         raise ConfigError(f"mode={settings.mode.name} needs a checkpoint, and model_dir {settings.model_dir} holds "
                           "none. Train first, or give the folder of a training run, model_dir=DIR.")
     if settings.mode is Mode.plan:

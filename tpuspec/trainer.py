@@ -38,6 +38,7 @@ from tpuspec.loops.saving import Saver, make_manager, make_policy, saves_in_piec
 from tpuspec.loops.session import Session
 from tpuspec.loops.training_run import TrainingRun
 from tpuspec.loops.variables import ReadsVariables
+from tpuspec.loops.warm_start import warm_start
 from tpuspec.loops.watchdog import Watchdog, make_watchdog
 from tpuspec.loops.watched import watched, watched_generator
 from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_for_training
@@ -51,6 +52,7 @@ from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.names import check_name
 from tpuspec.spec.results import EvalResult
 from tpuspec.spec.scaffold import Scaffold
+from tpuspec.spec.warm_start import WarmStartSettings, check_warm_start
 from tpuspec.summary import create_file_writer
 from tpuspec.summary.multi import MultiWriter
 from tpuspec.summary.progress import Progress
@@ -79,6 +81,8 @@ class Trainer(ReadsVariables):
       batch_axis: the axis of the rows in the input's tensors; see `tpuspec.data.batch_axis.BatchAxis`.
       eval_on_tpu: False evaluates in plain PyTorch, on config.device.
       export_to_tpu, export_to_cpu: whether `export` makes a program for XLA devices, and one for CPUs and GPUs.
+      warm_start_from: weights to begin with where model_dir has no checkpoint: a path, or a
+        `tpuspec.WarmStartSettings`.
 
     Raises:
       ConfigError, ConfigTypeError: an argument breaks a rule.
@@ -93,7 +97,8 @@ class Trainer(ReadsVariables):
             params: Mapping[str, Any] | None = None, use_tpu: bool = True,
             train_batch_size: int | None = None, eval_batch_size: int | None = None,
             predict_batch_size: int | None = None, batch_axis: Any = None, eval_on_tpu: bool = True,
-            export_to_tpu: bool = True, export_to_cpu: bool = True) -> None:
+            export_to_tpu: bool = True, export_to_cpu: bool = True,
+            warm_start_from: str | os.PathLike[str] | WarmStartSettings | None = None) -> None:
         checked = arguments.check_config(config)
         arguments.check_params(params)
         if use_tpu:
@@ -112,6 +117,7 @@ class Trainer(ReadsVariables):
         self._export_to_tpu, self._export_to_cpu = export_to_tpu, export_to_cpu
         self._source = ModelSource(model=model, optimizer=optimizer, scheduler=scheduler, params=self._params,
                                    read_evaluations=lambda name: read_eval_metrics(self._eval_dir(name)))
+        self._warm_start_from = check_warm_start(warm_start_from)
         self._model_fn = model_fn
         self._seed = random.getrandbits(31) if self._config.seed is None else int(self._config.seed)
         self._sessions: dict[bool, Session] = {}
@@ -358,7 +364,7 @@ class Trainer(ReadsVariables):
         Args:
           export_dir_base: folder of this machine; the export is its folder <seconds since 1970>, whole or not there.
           serving_input_fn: returns a `tpuspec.ServingInputReceiver`; may take params.
-          checkpoint_path: as in evaluate, but initial weights are not exported.
+          checkpoint_path: as in evaluate, but initial weights are not exported, unless they are those of a warm start.
           assets_extra: place below assets.extra -> file to copy there.
           metrics: what an evaluation of these weights gave, to be kept with them.
 
@@ -376,6 +382,7 @@ class Trainer(ReadsVariables):
         return Exporting(
             model_fn=self._model_fn, config=self._config, source=self._source, store=self._store, trained=trained,
             to_cpu=self._export_to_cpu, to_tpu=self._export_to_tpu, progress=self._progress,
+            warm_start=None if self._warm_start_from is None else self._warm_start,
         ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra, metrics)
 
     def plan(self, input_fn: InputFn, *, topology: str, modes: Sequence[ModeKeys | str] = (ModeKeys.TRAIN,),
@@ -429,9 +436,15 @@ class Trainer(ReadsVariables):
                 self._seed = backend.coordinator.share(self._seed)
             # The first one starts from the seed; a second one leaves a training under way its random state.
             own = keeping_random_state() if self._sessions else contextlib.nullcontext()
+            if self._warm_start_from is not None and backend.coordinator.share(self._store.latest() is None):
+                source = dataclasses.replace(source, warm_start=self._warm_start)
             with self._training_paused(), own:
                 self._sessions[on_xla] = Session(backend, source, seed=self._seed, precision=self._config.precision)
         return self._sessions[on_xla]
+
+    def _warm_start(self, module: nn.Module | None) -> None:
+        assert self._warm_start_from is not None, "asked where it is set"
+        warm_start(module, self._warm_start_from, self._progress.message)
 
     def _writer(self, session: Session, folder: str, after_step: int | None = None) -> SummaryWriter:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from tpuspec.config import RunConfig, TPUConfig
 from tpuspec.errors import ConfigError
 from tpuspec.spec.names import check_name
+from tpuspec.spec.warm_start import WarmStartSettings, parse_warm_start
 
 SCHEMA_NAME = "schema"
 # These have their own places: `model_dir`, `tpu`, `quiet` and `device`.
@@ -114,6 +115,8 @@ class TrainConfig:
       use_tpu, eval_on_tpu: whether training, and evaluation, run on XLA devices.
       device: 'cpu' or 'cuda': plain PyTorch there, which sets use_tpu to false; None leaves it to use_tpu.
       quiet: whether to print results only.
+      warm_start_from: weights to begin with where model_dir has no checkpoint: a path, or the fields of
+        tpuspec.WarmStartSettings.
       export: where exports go, and which programs they have.
       plan: which chips mode=plan compiles for.
       run: RunConfig, and the number of steps.
@@ -138,6 +141,7 @@ class TrainConfig:
     eval_on_tpu: bool = True
     device: str | None = None
     quiet: bool = False
+    warm_start_from: Any = None
     export: ExportSettings = field(default_factory=ExportSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     run: RunSettings = field(default_factory=RunSettings)  # pyright: ignore[reportInvalidTypeForm]
@@ -161,6 +165,7 @@ def run_config(settings: TrainConfig) -> RunConfig:
 
 
 _OF_EXPORTS = ("serving_input_fn", *(f"export.{f.name}" for f in dataclasses.fields(ExportSettings)))
+_OF_WARM_STARTS = ("warm_start_from", *(f"warm_start_from.{f.name}" for f in dataclasses.fields(WarmStartSettings)))
 _OF_PLANS = tuple(f"plan.{f.name}" for f in dataclasses.fields(PlanSettings))
 _OF_EXPORTERS = ("export.exporters", "export.exports_to_keep", "export.metric", "export.higher_is_better")
 _WITHOUT_EFFECT = {
@@ -171,7 +176,8 @@ _WITHOUT_EFFECT = {
                               "export.checkpoint_path"),
     Mode.export: ("run.max_steps", "run.steps", "run.eval_steps", "eval_batch_size", "predict_batch_size",
                   "eval_on_tpu", *_OF_EXPORTERS),
-    Mode.plan: ("run.max_steps", "run.steps", "run.eval_steps", "eval_on_tpu", *_OF_EXPORTS),
+    Mode.plan: ("run.max_steps", "run.steps", "run.eval_steps", "eval_on_tpu", *_OF_EXPORTS,
+                *_OF_WARM_STARTS),
 }
 for _mode in set(Mode) - {Mode.plan}:
     _WITHOUT_EFFECT[_mode] += _OF_PLANS
@@ -193,6 +199,7 @@ def check_settings(settings: TrainConfig, given: Iterable[str]) -> None:
       ConfigError: a setting that this mode would ignore was given, or one that it needs is missing.
     """
     mode = settings.mode
+    parse_warm_start(settings.warm_start_from)
     ignored = [key for key in given if key in _WITHOUT_EFFECT[mode]]
     if ignored:
         raise ConfigError(f"{ignored[0]} has no effect with mode={mode.name}; leave it out, or choose another mode.")

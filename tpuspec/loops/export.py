@@ -60,6 +60,7 @@ class Exporting:
       trained: the session with the newest weights in memory; None before any training, where this is the only host.
       to_cpu, to_tpu: whether there is a program for CPUs and GPUs, and one for XLA devices.
       progress: tells of the export.
+      warm_start: loads the weights to export where nothing was trained; None where there are none.
     """
 
     model_fn: Callable[..., Any]
@@ -70,6 +71,7 @@ class Exporting:
     to_cpu: bool
     to_tpu: bool
     progress: Progress
+    warm_start: Callable[[nn.Module | None], None] | None = None
 
     def run(self, base: str | os.PathLike[str], serving_input_fn: Callable[..., Any],
             checkpoint_path: str | os.PathLike[str] | None, assets_extra: Mapping[str, Any] | None,
@@ -94,7 +96,8 @@ class Exporting:
             self.trained.check_not_lent("export()")
         with interruptible(self.config.grace_seconds) as interruption, keeping_random_state(), \
                 choosing_weights(self.trained, store, checkpoint_path) as chosen:
-            if chosen.path is None and chosen.live is None:
+            is_untrained = chosen.path is None and chosen.live is None
+            if is_untrained and self.warm_start is None:
                 raise ConfigError(f"Couldn't find trained model at {self.store.model_dir}: train first, or give "
                                   "checkpoint_path.")
             where = chosen.holder or "memory"
@@ -103,8 +106,12 @@ class Exporting:
                 folder = check_base(base) if is_chief else Path()
                 module = self._build_module()
                 scaffold = self._scaffold(module, receiver)
-                tensors, step = chosen.read(store, scaffold)
-                _load(module, tensors, scaffold, where)
+                step = 0
+                if not is_untrained:
+                    tensors, step = chosen.read(store, scaffold)
+                    _load(module, tensors, scaffold, where)
+                elif self.warm_start is not None and is_chief:
+                    self.warm_start(module)
                 if not is_chief:
                     return ""
                 self.progress.message(f"exporting the weights of step {step} to {folder}")

@@ -26,6 +26,7 @@ class ModelSource:
       params: the Trainer's.
       scheduler: a function of (optimizer, params) that returns a learning rate schedule or a dict of them; None for
         constant rates.
+      warm_start: loads weights into a module that was just built; None leaves it as it is.
       read_evaluations: reads the log of evaluations of a name, None for the unnamed ones: step -> metric -> value.
     """
 
@@ -33,6 +34,7 @@ class ModelSource:
     optimizer: Callable[..., Any] | None
     params: Mapping[str, Any]
     scheduler: Callable[..., Any] | None = None
+    warm_start: Callable[[nn.Module | None], None] | None = None
     read_evaluations: Callable[[str | None], Mapping[int, Mapping[str, float]]] = lambda name: {}
 
     def build_model(self) -> nn.Module | None:

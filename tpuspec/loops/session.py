@@ -65,6 +65,8 @@ class Session:
         self._schedules: LearningRateSchedules | None = None
         backend.seed(seed)
         module = source.build_model()
+        if source.warm_start is not None:
+            source.warm_start(module)
         if module is not None and (backend.static_shapes or precision is not None):
             check_memory(module)
         self._frozen = _frozen_modules(module)
