@@ -31,7 +31,7 @@ LASTING_THREADS = frozenset({"fsspecIO", "ThreadPoolExecutor-0_0", "ThreadPoolEx
 # XLA client starts, by torch when it first traces an export or compiles. They may appear; a test that changes or
 # removes one of them leaks.
 APPEARING_VARIABLES = frozenset({
-    "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
+    "GRPC_VERBOSITY", "PJRT_DYNAMIC_PLUGINS", "PTXLA_TPU_LIBRARY_PATH", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS",
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "TPU_LIBRARY_PATH",
     "TPU_SKIP_MDS_QUERY",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",

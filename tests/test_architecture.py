@@ -110,3 +110,12 @@ def test_a_broken_link_is_found(tmp_path):
     page.write_text("[a](README.md#top) ![b](gone.png 'title') [c](https://example.org/x) [d](#top)\n"
                     '<img src="docs/gone.svg">\n[e]: gone.md\n`[f](g)`\n```\n[h](i)\n```\n')
     assert broken_links(page) == ["gone.png", "docs/gone.svg", "gone.md"]
+
+
+def test_no_two_public_classes_have_one_name():
+    where: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tpuspec").rglob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}

@@ -11,25 +11,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"errors", "cluster", "config", "mesh", "precision", "spec"}
+BASE = {"errors", "files", "cluster", "config", "mesh", "precision", "spec"}
 DEVICES = {"placement", "hosts"}  # what the ways to run a step share
 MIDDLE = {*DEVICES, "tracer", "engine", "native", "data", "drain", "summary", "checkpoint", "export", "plan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "cluster": {"errors"},
     "mesh": {"errors"},
+    "files": {"errors"},
     "precision": {"errors"},
     "config": {"errors", "cluster", "mesh", "precision"},
     "spec": {"errors", "precision"},
     "metrics": {"errors", "spec"},
-    "arguments": BASE,
+    "trainer_arguments": BASE,
     **{layer: BASE for layer in MIDDLE},
     "tracer": BASE | DEVICES,
     "native": BASE | DEVICES,
     "loops": BASE | MIDDLE,
     "schedule": BASE | MIDDLE | {"loops"},
     "select": BASE | MIDDLE,  # where the tracer meets its engine
-    "trainer": BASE | MIDDLE | {"arguments", "loops", "schedule", "select"},
+    "trainer": BASE | MIDDLE | {"trainer_arguments", "loops", "schedule", "select"},
     "cli": BASE | MIDDLE,
 }
 # "tpuspec" stands for the package's own __init__, which imports the trainer.

@@ -3,7 +3,7 @@
 from tpuspec import export, metrics, summary
 from tpuspec.config import CaptureMode, InputPipelineConfig, RunConfig, TPUConfig
 from tpuspec.export.receiver import ServingInputReceiver
-from tpuspec.hosts.launch import LaunchInfo, launch_info
+from tpuspec.hosts.launch_info import LaunchInfo, launch_info
 from tpuspec.schedule import early_stopping
 from tpuspec.schedule.exporters import BestExporter, Exporter, FinalExporter, LatestExporter
 from tpuspec.schedule.specs import EvalSpec, TrainSpec

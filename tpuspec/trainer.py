@@ -13,8 +13,7 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
-from tpuspec import arguments
-from tpuspec.checkpoint.location import is_remote
+from tpuspec import trainer_arguments as arguments
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import LoopLength, RunConfig
 from tpuspec.data.batch_axis import BatchAxis
@@ -22,6 +21,7 @@ from tpuspec.data.pipeline import HostBatch
 from tpuspec.data.prefetch import PrefetchedBatches
 from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import ConfigError
+from tpuspec.files.location import is_remote
 from tpuspec.loops.chief_store import store_of
 from tpuspec.loops.evaluation_run import EvaluationRun
 from tpuspec.loops.export import Exporting
@@ -32,8 +32,8 @@ from tpuspec.loops.model_source import ModelSource
 from tpuspec.loops.planning import Planning
 from tpuspec.loops.prediction_run import PredictionRun
 from tpuspec.loops.prepare import Preparation
-from tpuspec.loops.random_state import RunPosition, read_random_state
 from tpuspec.loops.report import banner_facts, layout_of
+from tpuspec.loops.run_position import RunPosition, read_random_state
 from tpuspec.loops.saving import Saver, make_manager, make_policy, saves_in_pieces
 from tpuspec.loops.session import Session
 from tpuspec.loops.training_run import TrainingRun

@@ -14,14 +14,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.checkpoints import newest_value, state_of
 from tests.remote_folders import Stopped, dying_at
 from tpuspec.checkpoint.__main__ import main
-from tpuspec.checkpoint.folder import InUseError
-from tpuspec.checkpoint.location import resolve
 from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.remote import LEASE_SECONDS
-from tpuspec.checkpoint.remote_lock import STALE_SECONDS
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError, ConfigError
+from tpuspec.files.disk import InUseError
+from tpuspec.files.location import resolve
+from tpuspec.files.remote_lock import STALE_SECONDS
 
 _numbers = itertools.count()
 

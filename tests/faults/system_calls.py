@@ -1,4 +1,4 @@
-"""A shim under tpuspec/checkpoint/disk.py: lets the n-th system call of a save fail, write half, or end the process."""
+"""A shim under tpuspec/files/disk.py: lets the n-th system call of a save fail, write half, or end the process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpuspec.checkpoint import disk
+from tpuspec.files import disk
 
 CALLS = ("open", "write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 

@@ -15,9 +15,9 @@ import torch
 from tests.faults.system_calls import SystemCalls, system_calls
 from tests.regression import make_trainer, regression_rows, rows_input
 from tpuspec.checkpoint.__main__ import main
-from tpuspec.checkpoint.lock import writer_lock
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError, HangError, NonFiniteLossError
+from tpuspec.files.lock import writer_lock
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_fault_51_the_second_writer_is_told_who_holds_the_folder_and_readers_go_
 
 
 def test_fault_51_the_lock_of_a_dead_writer_is_free(tmp_path):
-    source = ("import os, pathlib, signal, sys; from tpuspec.checkpoint.lock import writer_lock\n"
+    source = ("import os, pathlib, signal, sys; from tpuspec.files.lock import writer_lock\n"
               "with writer_lock(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)")
     done = subprocess.run([sys.executable, "-c", source, tmp_path], check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL

@@ -11,12 +11,12 @@ import pytest
 from tests.checkpoints import newest_value, state_of
 from tests.faults.system_calls import Killed, SystemCalls, names, system_calls
 from tests.regression import make_trainer, rows_input
-from tpuspec.checkpoint import disk
 from tpuspec.checkpoint.manager import CheckpointManager
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.reader import Reader
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
+from tpuspec.files import disk
 
 
 def _save(model_dir, step: int, value: float, *, keep: int | None = None) -> None:

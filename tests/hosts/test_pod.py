@@ -19,7 +19,7 @@ HOST = """
 import json, os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from tpuspec.hosts.launch import launch_info
+from tpuspec.hosts.launch_info import launch_info
 from tpuspec.hosts.pod import meet
 host, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=host == 0, timeout=timedelta(seconds=60))

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 
-from tpuspec.checkpoint.folder import CHECKPOINT_NAME, Location
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME
 from tpuspec.checkpoint.format import MODEL
 from tpuspec.checkpoint.reader import Reader
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError, ConfigError
+from tpuspec.files.location import Location
 
 DONE, WRONG_USAGE, STATE_REFUSED = 0, 2, 3
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-Location = Path | str
-"""A local folder, or an address such as gs://bucket/run, which Path would spoil."""
+from tpuspec.files.disk import WriteFile
+from tpuspec.files.location import Location
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})", re.ASCII)
-
-
-class InUseError(OSError):
-    """A folder is being read, or written, by somebody else."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What went into a file: its bytes, and their CRC-32."""
-
-    size: int
-    crc32: int
-
-
-WriteFile = Callable[[str, Iterable[bytes | memoryview]], Written]
-"""Makes a file of a name and of chunks of bytes, and returns when it is stored; raises OSError."""
 
 
 class OpenFile(Protocol):

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpuspec.checkpoint.folder import WriteFile
 from tpuspec.checkpoint.index import Part
 from tpuspec.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE, NEEDS_TPUSPEC, FileEntry, Manifest, encode_manifest
 from tpuspec.checkpoint.tensors import encode_tensors, split_shards
+from tpuspec.files.disk import WriteFile
 
 MODEL, OPTIMIZER, STATE_FILE = "model", "optimizer", "state.json"
 MAX_SHARD_BYTES = 5_000_000_000

@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tpuspec.checkpoint.folder import WriteFile
 from tpuspec.checkpoint.manifest import FileEntry
 from tpuspec.checkpoint.tensors import DTYPE_NAMES, DTYPES, encode_tensors, split_shards
 from tpuspec.errors import CheckpointError
+from tpuspec.files.disk import WriteFile
 from tpuspec.spec.pieces import Pieces, is_cover
 
 

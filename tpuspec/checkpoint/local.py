@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
-from tpuspec.checkpoint.commit import commit, discard, sweep
-from tpuspec.checkpoint.disk import remove, write_file
-from tpuspec.checkpoint.folder import CHECKPOINT_NAME, OpenFile, WriteFile
-from tpuspec.checkpoint.lock import writer_lock
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME, OpenFile
 from tpuspec.checkpoint.manifest import MANIFEST_FILE
-from tpuspec.checkpoint.writable import prove_writable
+from tpuspec.files.commit import commit, discard, sweep
+from tpuspec.files.disk import WriteFile, remove, write_file
+from tpuspec.files.lock import writer_lock
+from tpuspec.files.writable import prove_writable
 
 
 class LocalFile:

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable
 
 from tpuspec.checkpoint.background import BackgroundSave
-from tpuspec.checkpoint.folder import InUseError, Location
 from tpuspec.checkpoint.joint import JointSave
 from tpuspec.checkpoint.policy import RetentionPolicy, SavePolicy
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
+from tpuspec.files.disk import InUseError
+from tpuspec.files.location import Location
 
 
 class CheckpointManager:

@@ -19,7 +19,6 @@ from torch import Tensor
 from tpuspec.checkpoint.folder import Folder, OpenFile
 from tpuspec.checkpoint.format import MODEL, OPTIMIZER, STATE_FILE, tpuspec_version
 from tpuspec.checkpoint.index import Entry, Part, StoredPiece
-from tpuspec.checkpoint.location import open_folder
 from tpuspec.checkpoint.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -30,6 +29,7 @@ from tpuspec.checkpoint.manifest import (
     damaged,
     decode_manifest,
 )
+from tpuspec.checkpoint.places import open_folder
 from tpuspec.checkpoint.tensors import HeaderEntry, bytes_of, read_header, read_tensors
 from tpuspec.errors import CheckpointError
 

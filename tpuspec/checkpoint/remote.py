@@ -19,11 +19,11 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from tpuspec.checkpoint.disk import parts
-from tpuspec.checkpoint.folder import CHECKPOINT_NAME, InUseError, OpenFile, WriteFile, Written
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME, OpenFile
 from tpuspec.checkpoint.manifest import MANIFEST_FILE, is_sealed
-from tpuspec.checkpoint.remote_lock import RemoteLock, remote_writer_lock
 from tpuspec.errors import as_os_errors
+from tpuspec.files.disk import InUseError, WriteFile, Written, parts
+from tpuspec.files.remote_lock import RemoteLock, remote_writer_lock
 
 LEASE_SECONDS = 3600.0
 """How long the reading of one checkpoint may take; what a reader that died has left is in the way no longer."""

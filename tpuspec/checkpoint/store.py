@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
-from tpuspec.checkpoint.folder import CHECKPOINT_NAME, InUseError, Location, WriteFile
+from tpuspec.checkpoint.folder import CHECKPOINT_NAME
 from tpuspec.checkpoint.format import (
     MAX_SHARD_BYTES,
     MODEL,
@@ -21,13 +21,15 @@ from tpuspec.checkpoint.format import (
 )
 from tpuspec.checkpoint.index import Part, write_part
 from tpuspec.checkpoint.joint import JointSave
-from tpuspec.checkpoint.location import open_storage, resolve
 from tpuspec.checkpoint.manifest import DamagedCheckpointError, Manifest
+from tpuspec.checkpoint.places import open_storage
 from tpuspec.checkpoint.reader import Reader, is_complete
 from tpuspec.checkpoint.state import TrainingState, pack, storable_tensors, unpack
 from tpuspec.checkpoint.stored import read_stored
-from tpuspec.checkpoint.writable import NO_ROOM, how_to_mend
 from tpuspec.errors import CheckpointError, ConfigError
+from tpuspec.files.disk import InUseError, WriteFile
+from tpuspec.files.location import Location, resolve
+from tpuspec.files.writable import NO_ROOM, how_to_mend
 from tpuspec.spec.pieces import Pieces
 
 logger = logging.getLogger(__name__)

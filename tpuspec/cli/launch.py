@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from tpuspec.checkpoint.store import CheckpointStore
-from tpuspec.cli.arguments import format_help, parse_arguments
 from tpuspec.cli.choices import find_choices
+from tpuspec.cli.command_line import format_help, parse_arguments
 from tpuspec.cli.compose import Job, compose_jobs
 from tpuspec.errors import (
     CheckpointError,

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 import fsspec
 
-from tpuspec.checkpoint.location import is_remote
 from tpuspec.errors import ConfigError
+from tpuspec.files.location import is_remote
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"

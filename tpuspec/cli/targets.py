@@ -74,7 +74,7 @@ def resolve_functions(settings: TrainConfig, prefixes: tuple[str, ...]) -> Funct
              **{setting: name for setting, (name, _) in targets.items()}}
     for setting, name in names.items():
         if name is not None:
-            check_name(setting, name, prefixes)
+            check_target(setting, name, prefixes)
     found = {setting: None if name is None else resolve(setting, name, prefixes) for setting, name in names.items()}
     for setting, example in (("optimizer", "lr: 0.001"), ("scheduler", "T_max: 1000")):
         name, keywords = targets[setting]
@@ -94,7 +94,7 @@ def _needed(setting: str, found: Mapping[str, Callable[..., Any] | None]) -> Cal
     return function
 
 
-def check_name(setting: str, name: object, prefixes: tuple[str, ...]) -> None:
+def check_target(setting: str, name: object, prefixes: tuple[str, ...]) -> None:
     """Checks a name against the allow-list, importing nothing.
 
     Raises:
@@ -118,7 +118,7 @@ def resolve(setting: str, name: str, prefixes: tuple[str, ...]) -> Callable[...,
       ConfigError: the name is outside the prefixes, does not exist, or is an alias of something outside.
       ConfigTypeError: what it names is no function or class.
     """
-    check_name(setting, name, prefixes)
+    check_target(setting, name, prefixes)
     module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)

@@ -123,7 +123,7 @@ def count_rows(batch: Batch, axes: Axes | None = None) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
+class BatchForm:
     """What must not change from batch to batch: names with shapes and dtypes, and the nesting.
 
     A shape has 'batch' in the place of the rows.
@@ -146,7 +146,7 @@ class BatchChecker:
         self._may_be_empty = may_be_empty
         self._batch_size = batch_size
         self._exact = exact
-        self._first: Signature | None = None
+        self._first: BatchForm | None = None
         self._short: int | None = None
 
     def check(self, batch: Batch, axes: Axes | None = None) -> int:
@@ -161,7 +161,7 @@ class BatchChecker:
             or dtype than the first batch's; names the key, old and new.
         """
         num_rows = count_rows(batch, axes)
-        signature = Signature(
+        signature = BatchForm(
             rows={name: (_with_rows(leaf, (axes or {}).get(name, 0)), leaf.dtype)
                   for name, leaf in named_leaves(batch).items()},
             nesting=(pytree.tree_structure(batch.features), pytree.tree_structure(batch.labels)))
@@ -192,7 +192,7 @@ class BatchChecker:
             self._short = num_rows
 
 
-def _difference(first: Signature, now: Signature) -> str:
+def _difference(first: BatchForm, now: BatchForm) -> str:
     rule = "every batch must have the structure, shapes and dtypes of the first one"
     missing, added = sorted(first.rows.keys() - now.rows.keys()), sorted(now.rows.keys() - first.rows.keys())
     if missing or added:

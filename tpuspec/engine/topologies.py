@@ -31,7 +31,7 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
 
 
 class TopologyEngines:
-    """The chips of a TPU topology, and engines on them; see `spec.engine.Engines` for the verbs.
+    """The chips of a TPU topology, and engines on them; see `spec.engine.EngineFactory` for the verbs.
 
     Args:
       name: as 'v5e:2x2', a generation and the chips along each side.

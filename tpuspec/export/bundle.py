@@ -13,17 +13,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from tpuspec.errors import ConfigError, ConfigTypeError, ExportError
-from tpuspec.export.program import Program
+from tpuspec.export.program import ServingProgram
 from tpuspec.export.signature import Signature, TensorSpec
+from tpuspec.files.disk import WriteFile
 from tpuspec.spec.json_numbers import NOT_FINITE, json_number
 
 FORMAT_VERSION = 1
@@ -33,24 +34,6 @@ CPU_TAGS, TPU_TAGS = frozenset({SERVE}), frozenset({SERVE, TPU})
 PROGRAM_FILES = {CPU_TAGS: "serve.pt2", TPU_TAGS: "serve_tpu.pt2"}
 _ASSET_PART = re.compile(r"[\w][\w.\- ]{0,99}")
 _PART_BYTES = 1 << 20
-
-
-class Written(Protocol):
-    """What went into a file."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        ...
-
-    @property
-    def crc32(self) -> int:
-        """Their CRC-32."""
-        ...
-
-
-WriteFile = Callable[[str, Iterable[bytes | memoryview]], Written]
-"""Makes a file of a relative name and of chunks of bytes, through to the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +100,7 @@ class Metadata:
             raise ExportError(f"{path} cannot be read: {type(error).__name__}: {error}. Export again.") from error
 
 
-def write_bundle(write_file: WriteFile, *, programs: Mapping[frozenset[str], Program],
+def write_bundle(write_file: WriteFile, *, programs: Mapping[frozenset[str], ServingProgram],
                  weights: Iterable[bytes | memoryview], assets: Mapping[str, Path], single_input: bool,
                  global_step: int, metrics: Mapping[str, Any]) -> None:
     """Writes an export's files, the metadata last.

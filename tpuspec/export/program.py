@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tpuspec.errors import ExportError, TpuspecError
-from tpuspec.export.receiver import Features, named_tensors
+from tpuspec.export.receiver import Features, tensors_by_name
 from tpuspec.export.signature import BATCH, Signature, TensorSpec, kind_of, named_outputs
 from tpuspec.spec.export_output import ExportOutput
 
@@ -30,7 +30,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
+class ServingProgram:
     """What was traced, as it is stored.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Function(nn.Module):
         return {name: named_outputs(output) for name, output in self._served(own, received).items()}
 
 
-def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: bool = False) -> Program:
+def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: bool = False) -> ServingProgram:
     """Traces a function, and checks that the program computes what the function does, for several numbers of rows.
 
     Args:
@@ -92,10 +92,10 @@ def trace(served: Served, weights: Weights, received: Features, *, fixed_batch: 
     # given here is what is exported.
     for rows in (received,) if fixed_batch else (received, _repeat_rows(received, 3), _first_row(received)):
         _check_same(program, _Function(served, frozenset(weights)), weights, rows)
-    return Program(
-        content=_encode(exported), signatures=_signatures(exported, kinds, num_inputs=len(named_tensors(received))),
+    return ServingProgram(
+        content=_encode(exported), signatures=_signatures(exported, kinds, num_inputs=len(tensors_by_name(received))),
         inputs={name: TensorSpec(tensor.dtype, (tensor.shape[0] if fixed_batch else BATCH, *tensor.shape[1:]))
-                for name, tensor in named_tensors(received).items()})
+                for name, tensor in tensors_by_name(received).items()})
 
 
 def _export(function: nn.Module, weights: Weights, received: Features, *, fixed_batch: bool) -> ExportedProgram:

@@ -52,7 +52,7 @@ class ServingInputReceiver:
                 raise ConfigError("features and receiver_tensors are both tensors, which does not say how the ones "
                                   "come from the others. Make features a function of receiver_tensors.")
         _check_tensors("receiver_tensors", self.received, SINGLE_RECEIVER, (str,))
-        sizes = {name: tensor.shape[0] for name, tensor in named_tensors(self.received).items()}
+        sizes = {name: tensor.shape[0] for name, tensor in tensors_by_name(self.received).items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise ConfigError("receiver_tensors must have the same number of rows on axis 0, at least one; got "
                               f"{sizes}.")
@@ -77,7 +77,7 @@ class ServingInputReceiver:
         return features
 
 
-def named_tensors(tensors: Features) -> dict[str, Tensor]:
+def tensors_by_name(tensors: Features) -> dict[str, Tensor]:
     """Returns what is received by name; a single tensor is called 'input'."""
     return {SINGLE_RECEIVER: tensors} if isinstance(tensors, Tensor) else dict(tensors)
 

@@ -11,12 +11,11 @@ import secrets
 import zlib
 from collections.abc import Iterator
 
-from tpuspec.checkpoint.folder import Location
-from tpuspec.checkpoint.location import resolve
 from tpuspec.checkpoint.reader import Reader
 from tpuspec.checkpoint.state import TrainingState
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.errors import CheckpointError
+from tpuspec.files.location import Location, resolve
 from tpuspec.spec.coordinator import Coordinator
 
 

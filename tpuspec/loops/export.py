@@ -22,7 +22,7 @@ from tpuspec.config import RunConfig
 from tpuspec.data.random_state import keeping_random_state
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError, ExportError
 from tpuspec.export.bundle import CPU_TAGS, TPU_TAGS, check_assets, check_metrics, write_bundle
-from tpuspec.export.program import Program, trace
+from tpuspec.export.program import ServingProgram, trace
 from tpuspec.export.receiver import ServingInputReceiver, check_serving_input_fn
 from tpuspec.export.signature import flatten_output, rebuild_output
 from tpuspec.loops.chief_store import store_of
@@ -157,7 +157,7 @@ class Exporting:
         return _ServedModel(call, receiver, module, step)
 
     def _trace(self, module: nn.Module | None, receiver: ServingInputReceiver, step: int,
-               variants: Mapping[frozenset[str], bool]) -> dict[frozenset[str], Program]:
+               variants: Mapping[frozenset[str], bool]) -> dict[frozenset[str], ServingProgram]:
         programs = {}
         for tags, on_tpu in variants.items():
             note_move()

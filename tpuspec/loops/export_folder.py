@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tpuspec.checkpoint.commit import commit, discard, sweep
-from tpuspec.checkpoint.disk import make_folder, sync_folder, write_file
-from tpuspec.checkpoint.folder import Written
-from tpuspec.checkpoint.location import is_remote
-from tpuspec.checkpoint.writable import how_to_mend, prove_writable
 from tpuspec.errors import ConfigError, ConfigTypeError
+from tpuspec.files.commit import commit, discard, sweep
+from tpuspec.files.disk import Written, make_folder, sync_folder, write_file
+from tpuspec.files.location import is_remote
+from tpuspec.files.writable import how_to_mend, prove_writable
 
 _TIMESTAMP = re.compile(r"[0-9]{10}", re.ASCII)
 

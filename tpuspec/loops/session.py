@@ -25,7 +25,7 @@ from tpuspec.loops.optimizer_state import (
     load_optimizer,
     read_optimizer,
 )
-from tpuspec.loops.random_state import collect_positions
+from tpuspec.loops.run_position import collect_positions
 from tpuspec.loops.shared_memory import check_memory
 from tpuspec.loops.split_state import StoredOptimizer, load_stored_model
 from tpuspec.precision import Precision, cast_module

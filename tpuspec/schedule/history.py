@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from tpuspec.checkpoint.location import is_remote
 from tpuspec.errors import ConfigError
+from tpuspec.files.location import is_remote
 from tpuspec.summary.jsonl import FILE_NAME
 
 History = dict[int, dict[str, float]]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
-from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.config import RunConfig
 from tpuspec.errors import CheckpointError, ConfigError, ConfigTypeError
+from tpuspec.files.location import is_remote
 from tpuspec.schedule.exporters import Exports, FinalExporter
 from tpuspec.schedule.specs import EvalSpec, TrainSpec
 from tpuspec.spec.functions import InputFn

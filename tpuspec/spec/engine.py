@@ -215,7 +215,7 @@ class Engine(Protocol):
         ...
 
 
-class Engines(Protocol):
+class EngineFactory(Protocol):
     """The devices of a platform, those of all processes that have joined."""
 
     def num_devices(self) -> int:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from tpuspec.files.location import is_remote
 from tpuspec.summary.jsonl import JsonlWriter
 from tpuspec.summary.remote import RemoteTensorBoardWriter
 from tpuspec.summary.tensorboard import TensorBoardWriter
@@ -87,6 +88,6 @@ def create_file_writer(logdir: str | os.PathLike[str], after_step: int | None = 
         twice. None leaves all as it is.
     """
     folder = os.fspath(logdir)
-    if "://" in folder:
+    if is_remote(folder):
         return MultiWriter([RemoteTensorBoardWriter(folder, after_step)])
     return MultiWriter([TensorBoardWriter(folder, after_step), JsonlWriter(folder, after_step)])

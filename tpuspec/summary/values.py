@@ -20,7 +20,7 @@ def scalar_value(name: str, value: Any) -> float:
       ConfigTypeError: `name` is no string, or `value` is no number, tensor or array of real numbers.
       ConfigError: `value` holds none, or more than one.
     """
-    check_name(name)
+    check_tag(name)
     if isinstance(value, numbers.Real):
         return float(value)
     if not isinstance(value, Tensor | np.ndarray | np.generic):
@@ -60,7 +60,7 @@ def array_value(name: str, values: Any) -> np.ndarray:
     Raises:
       ConfigTypeError: `name` is no string, or `values` holds something else than real numbers.
     """
-    check_name(name)
+    check_tag(name)
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         # numpy has no bfloat16 and no float8.
@@ -107,13 +107,13 @@ def text_value(name: str, text: Any) -> str:
     Raises:
       ConfigTypeError: `name` or `text` is no string.
     """
-    check_name(name)
+    check_tag(name)
     if not isinstance(text, str):
         raise ConfigTypeError(f"summary text {name!r} takes a str; got {type(text).__name__}.")
     return text
 
 
-def check_name(name: Any) -> None:
+def check_tag(name: Any) -> None:
     """Checks a summary's name.
 
     Raises:

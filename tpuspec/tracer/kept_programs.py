@@ -15,7 +15,7 @@ from tpuspec.tracer.on_engine import OnEngine
 from tpuspec.tracer.program import Program, moved_numbers
 from tpuspec.tracer.python_state import Memory, Snapshot, changed
 from tpuspec.tracer.recording import Recording, Watch
-from tpuspec.tracer.signature import Signature, read_signature, told_change
+from tpuspec.tracer.signature import StateForm, read_signature, told_change
 from tpuspec.tracer.slots import Slot
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ Key = tuple[int, Hashable, int, int]
 _Branch = tuple[Key, tuple[str, ...]]
 """What the step read from the device, besides."""
 
-_Told = tuple[Signature, "Snapshot | None", Hashable]
+_Told = tuple[StateForm, "Snapshot | None", Hashable]
 """What a program was captured with, for messages; the form of its batch is the last."""
 
 _MAX_TRACES = 4

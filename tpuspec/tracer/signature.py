@@ -14,7 +14,7 @@ from tpuspec.tracer.slots import GRADIENT, read_slots
 _TOLD = ("the state", "a module, or its train() or eval() mode,", "a hyper-parameter")
 
 
-class Signature(NamedTuple):
+class StateForm(NamedTuple):
     """What programs depend on, by its parts.
 
     Attributes:
@@ -28,7 +28,7 @@ class Signature(NamedTuple):
     hyper_parameters: tuple[Hashable, ...]
 
 
-def read_signature(replica: Replica) -> Signature:
+def read_signature(replica: Replica) -> StateForm:
     """Reads the signature of a replica, whose state must be readable."""
     state = tuple((slot, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
                   for slot, tensor in read_slots(replica).items() if slot.kind != GRADIENT)
@@ -38,10 +38,10 @@ def read_signature(replica: Replica) -> Signature:
         if key != "params" and not isinstance(value, Tensor) and not is_number(value))
     modules = () if replica.model is None else tuple(
         (type(module), module.training) for module in replica.model.modules())
-    return Signature(state, modules, hyper_parameters)
+    return StateForm(state, modules, hyper_parameters)
 
 
-def told_change(old: Signature, new: Signature) -> str | None:
+def told_change(old: StateForm, new: StateForm) -> str | None:
     """Says what changed between two signatures; None where nothing did."""
     was: Any
     now: Any

@@ -23,7 +23,7 @@ from tpuspec.mesh import DATA_AXIS
 from tpuspec.placement import module_as_before, move_module
 from tpuspec.spec.backend import CompiledStep, Replica, RngState, StepFunction, Topology
 from tpuspec.spec.coordinator import Coordinator
-from tpuspec.spec.engine import Engine, Engines
+from tpuspec.spec.engine import Engine, EngineFactory
 from tpuspec.spec.pieces import Stored
 from tpuspec.spec.results import Batch, HostFunctions, StepOutput
 from tpuspec.spec.train_op import reduce_with
@@ -98,7 +98,7 @@ class XlaBackend:
                 for source in inputs or ()]
 
     @classmethod
-    def start(cls, config: RunConfig, engines: Engines, *, platform: str, reason: str,
+    def start(cls, config: RunConfig, engines: EngineFactory, *, platform: str, reason: str,
               coordinator: Coordinator | None = None) -> XlaBackend:
         """Starts the clients, or joins those that run, and checks that they are what the settings ask for.
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tpuspec.checkpoint import commit as module
-from tpuspec.checkpoint.commit import commit, discard, sweep
+from tpuspec.files import commit as module
+from tpuspec.files.commit import commit, discard, sweep
 
 OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "b": "new"}
 

@@ -17,8 +17,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tpuspec.checkpoint.disk import make_folder, remove, rename, sync_folder
-from tpuspec.checkpoint.folder import InUseError
+from tpuspec.files.disk import InUseError, make_folder, remove, rename, sync_folder
 
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-(.+)-[0-9a-f]{8}")
 

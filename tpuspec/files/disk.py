@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-from tpuspec.checkpoint.folder import Written
 
 # Small enough for the part to be in the processor's cache still when it is written after its checksum.
 _PART_BYTES = 1 << 20
+
+
+class InUseError(OSError):
+    """A folder is being read, or written, by somebody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What went into a file: its bytes, and their CRC-32."""
+
+    size: int
+    crc32: int
+
+
+WriteFile = Callable[[str, Iterable[bytes | memoryview]], Written]
+"""Makes a file of a name and of chunks of bytes, and returns when it is stored; raises OSError."""
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:

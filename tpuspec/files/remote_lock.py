@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 from fsspec import AbstractFileSystem
 
-from tpuspec.checkpoint.lock import HOLDER_FILE
 from tpuspec.errors import CheckpointError, as_os_errors
+from tpuspec.files.lock import HOLDER_FILE
 
 logger = logging.getLogger(__name__)
 
