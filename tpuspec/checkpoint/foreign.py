@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpuspec.checkpoint.location import is_remote
 from tpuspec.checkpoint.manifest import MANIFEST_FILE
 from tpuspec.checkpoint.store import CheckpointStore
 from tpuspec.checkpoint.tensors import HeaderEntry, bytes_of, read_header
 from tpuspec.errors import CheckpointError
+from tpuspec.files.location import is_remote
 
 INDEX_SUFFIX, SUFFIX = ".safetensors.index.json", ".safetensors"
 _IN_FOLDERS = ("model.safetensors.index.json", "model.safetensors", "weights.safetensors")
