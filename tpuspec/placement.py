@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 
-def move_module(module: nn.Module, device: torch.device) -> nn.Module:
+def move_module(module: nn.Module, device: torch.device, make: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
     """Moves a module in place; parameters and buffers that were one tensor stay one tensor.
 
     `nn.Module.to` makes a new Parameter for each name on devices of another kind, which would untie tied weights, and
     lose hooks and attributes of parameters.
+
+    Args:
+      module: the module.
+      device: where it goes.
+      make: returns what is there for a tensor of the module; None copies it.
     """
     ties, before = _tied_names(module), dict(module.named_parameters(remove_duplicate=False))
-    module.to(device)
+    if make is None:
+        module.to(device)
+    else:
+        module._apply(make)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         _take_over(parameter, before[name])
     for kind, names in ties:
@@ -25,6 +38,42 @@ def move_module(module: nn.Module, device: torch.device) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             getattr(module.get_submodule(owner), kind)[leaf] = first
     return module
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Gives parameters that modules register within the block a shape, and neither memory nor values.
+
+    Buffers have both, as other tensors that a module computes with while it is built.
+    """
+    known: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if type(parameter) is not nn.Parameter or parameter.is_meta or is_lazy(parameter):
+            return None
+        found = known.get(id(parameter))
+        if found is None or found[0]() is not parameter:  # else it is tied
+            found = known[id(parameter)] = weakref.ref(parameter), _without_memory(parameter)
+        return found[1]
+
+    handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]  # it may return one
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            yield
+    finally:
+        handle.remove()
+
+
+def copy_without_memory(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module whose parameters have neither memory nor values."""
+    return copy.deepcopy(module, {id(parameter): _without_memory(parameter) for parameter in module.parameters()})
+
+
+def _without_memory(parameter: nn.Parameter) -> nn.Parameter:
+    made = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    _take_over(made, parameter)
+    return made
 
 
 def _take_over(parameter: nn.Parameter, before: nn.Parameter) -> None:
@@ -69,6 +118,6 @@ def _tied_names(module: nn.Module) -> list[tuple[str, list[str]]]:
     return [(kind, names) for (kind, _), names in ties.items() if len(names) > 1]
 
 
-def _lookup(module: nn.Module, kind: str, name: str) -> torch.Tensor:
+def _lookup(module: nn.Module, kind: str, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), kind)[leaf]

@@ -195,7 +195,8 @@ def plan(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[st
     settings = job.settings.plan
     plans = []
     for topology in settings.topology:
-        plans.append(trainer.plan(functions.input_fn, topology=topology, modes=settings.modes))
+        plans.append(trainer.plan(functions.input_fn, topology=topology, modes=settings.modes,
+                                  batch=settings.batch))
         print_plan(plans[-1])
     path = os.path.join(trainer.model_dir, PLAN_FILE)
     with replacing(path) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import random
@@ -386,30 +387,37 @@ class Trainer(ReadsVariables):
         ).run(export_dir_base, serving_input_fn, checkpoint_path, assets_extra, metrics)
 
     def plan(self, input_fn: InputFn, *, topology: str, modes: Sequence[ModeKeys | str] = (ModeKeys.TRAIN,),
-             ) -> Plan:
+             batch: str | None = None) -> Plan:
         """Compiles the steps of a run for TPU chips that are not there, and says what they would need.
 
-        Nothing runs, no checkpoint is read or written, and the Trainer's own model stays as it is. Values of the model
-        do not matter: what the programs need depends on shapes.
+        Nothing runs, no checkpoint is read or written, and the Trainer's own model stays as it is. What the programs
+        need depends on shapes: parameters and the optimizer's state take no memory here.
 
         Args:
           input_fn: makes the input; one batch of each mode is drawn.
           topology: a TPU generation and its chips along each side, such as 'v5e:2x2', 'v5e:4x4' or 'v5p:2x2x1'.
           modes: to plan.
+          batch: 'largest' looks for the largest global batch of each mode that fits, from the batch size on, and plans
+            that; None plans the batch size.
 
         Raises:
-          ConfigError: there is no such topology, the settings do not fit it, or a step cannot be captured.
+          ConfigError: there is no such topology, the settings do not fit it, a step cannot be captured, or it takes no
+            other number of rows than the batch size.
           DeviceError: libtpu is missing.
           InputError, SpecError and kin: as in train.
         """
         chosen = arguments.check_modes(modes)
+        arguments.check_planned_batch(batch)
         with keeping_random_state():
             backend, chips = select_topology(self._config, topology)
-            session = Session(backend, self._copied_source(), seed=self._seed, precision=self._config.precision)
+            session = Session(backend, self._source.without_memory(), seed=self._seed,
+                              precision=self._config.precision)
             planning = Planning(session=session, chips=chips, topology=topology, seed=self._seed,
+                                batch_axis=self._batch_axis,
                                 num_at_once=self._config.tpu_config.steps_per_execution)
-            plans = [planning.run(mode, self._prepare(session, mode, on_xla=True), input_fn,
-                                  self._batch_sizes[mode] or 0) for mode in chosen]
+            plans = [planning.run(
+                mode, functools.partial(self._prepare, session, mode, on_xla=True), input_fn, self._batch_sizes[mode],
+                largest=batch is not None) for mode in chosen]
         return Plan(topology=topology, chip=chips.kind, num_chips=chips.num_chips,
                     num_devices=chips.num_devices(), layout=layout_of(backend.topology), modes=tuple(plans))
 
@@ -463,10 +471,11 @@ class Trainer(ReadsVariables):
             explain_out_of_memory(error, phase, self._batch_sizes, session.backend.topology.num_replicas)
             session.backend.coordinator.report(error, phase)
 
-    def _prepare(self, session: Session, mode: ModeKeys, *, on_xla: bool) -> Preparation:
+    def _prepare(self, session: Session, mode: ModeKeys, num_rows: int | None = None, *, on_xla: bool) -> Preparation:
+        num_rows = self._batch_sizes[mode] if num_rows is None else num_rows
         return Preparation(
             model_fn=self._model_fn, params=self._params, config=self._config, session=session, mode=mode,
-            global_batch_size=arguments.batch_size_of(mode, self._batch_sizes[mode]), on_xla=on_xla,
+            global_batch_size=arguments.batch_size_of(mode, num_rows), on_xla=on_xla,
             seed=self._seed, batch_axis=self._batch_axis)
 
     def _weights(self, session: Session, checkpoint_path: str | os.PathLike[str] | None, scaffold: Scaffold,

@@ -13,6 +13,7 @@ from tpuspec.spec.counts import check_above_zero, check_int, check_positive_int
 from tpuspec.spec.mode import ModeKeys
 
 RESERVED_PARAMS = ("batch_size", "context")
+LARGEST = "largest"
 
 
 def check_config(config: object) -> RunConfig:
@@ -89,6 +90,17 @@ def check_modes(modes: Any) -> list[ModeKeys]:
     if not given or any(not isinstance(mode, str) or mode not in names for mode in given):
         raise ConfigError(f"modes of a plan are 'train', 'eval' and 'predict', at least one; got {given}.")
     return list(dict.fromkeys(names[mode] for mode in given))
+
+
+def check_planned_batch(batch: Any) -> None:
+    """Checks which batch a plan is of.
+
+    Raises:
+      ConfigError: it is neither None nor 'largest'.
+    """
+    if batch not in (None, LARGEST):
+        raise ConfigError(f"the batch of a plan is {LARGEST!r}, or None for the batch size of the run; got {batch!r}. "
+                          "Set train_batch_size for another one.")
 
 
 def check_eval_steps(steps: Any, *, on_xla: bool) -> None:

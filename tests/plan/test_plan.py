@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import TensorDataset
 from tpuspec import CrossShardOptimizer, ModeKeys, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
 from tpuspec.errors import ConfigError
 from tpuspec.plan.chips import CHIPS
-from tpuspec.plan.plan import PlanError, check_fits
+from tpuspec.plan.plan import ModePlan, PlanError, check_fits
+from tpuspec.plan.search import search_largest
 from tpuspec.plan.table import format_bytes, print_plan
 from tpuspec.train import main
 
@@ -138,3 +140,82 @@ def test_the_command_line_plans_a_recipe_for_two_topologies(tmp_path, capsys):
     assert main(["config=digits", "mode=train", "plan.topology=v5e:2x2", f"model_dir={tmp_path}"]) == 2
     assert "plan.topology has no effect with mode=train" in capsys.readouterr().err
     assert main([*argv, "plan.topology=v5e:2x2", "device=cpu"]) == 2
+
+
+class Wide(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
+        self.tied = self.down
+        self.register_buffer("scale", torch.linspace(1.0, 2.0, WIDTH))
+        nn.init.trunc_normal_(self.up.weight)
+
+    def forward(self, x):
+        return self.tied(self.up(x).relu()) * self.scale.to(x.dtype)
+
+
+def test_parameters_and_optimizer_state_take_no_memory(tmp_path):
+    width = 1 << 22  # with AdamW 24 GiB
+    trainer = make(tmp_path, model=lambda params: Wide(width), mesh={"data": 16}, fsdp=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (train,) = trainer.plan(input_fn, topology="v5p:4x4x1").modes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 << 20  # KiB
+    whole = 4 * (2 * WIDTH * width + width + WIDTH)
+    assert train.argument_bytes["parameters"] == pytest.approx(whole / 16, rel=1e-6)
+    assert train.argument_bytes["optimizer state"] == pytest.approx(2 * whole / 16, rel=1e-6)
+    assert train.argument_bytes["buffers"] == 4 * WIDTH and train.fits
+
+
+def test_a_model_function_that_reads_its_parameters_is_built_with_memory_and_said_so(tmp_path, caplog):
+    def reading(params):
+        module = nn.Linear(WIDTH, WIDTH)
+        module.norm = float(module.weight.norm())
+        return module
+
+    (train,) = make(tmp_path, model=reading, num_shards=1).plan(input_fn, topology="v5e:2x2").modes
+    assert train.argument_bytes["parameters"] == 4 * NUM_PARAMETERS
+    assert "the model function needs the values of its parameters" in caplog.text
+
+
+@pytest.mark.parametrize(("fixed", "per_row", "unit", "start"), [
+    (1e6, 1e5, 4, 64), (1e9, 1e8, 4, 4096), (1e10, 5e7, 64, 64), (1e9, 3e8, 1, 7)])
+def test_the_largest_batch_is_found_by_a_few_compiles(fixed, per_row, unit, start):
+    capacity, tried = 16 << 30, []
+
+    def plan(rows):
+        tried.append(rows)
+        peak = int(fixed + per_row * rows)
+        return ModePlan(mode="train", compiles=peak <= capacity, fits=peak <= capacity, rows=rows, peak_bytes=peak,
+                        capacity_bytes=capacity)
+
+    found = search_largest(plan(start), unit, plan)
+    best = int((capacity - fixed) // per_row // unit * unit)
+    assert found.fits and best * 0.99 - unit < found.rows <= best
+    assert found.rows < found.rows_too_many <= found.rows * 1.01 + unit
+    assert len(tried) == len(set(tried)) == found.num_tried <= 8 and not any(rows % unit for rows in tried)
+
+
+def test_where_no_batch_fits_the_search_ends_at_the_smallest():
+    found = search_largest(
+        ModePlan(mode="train", compiles=False, fits=False, rows=64, peak_bytes=2 << 34, capacity_bytes=1 << 34), 16,
+        lambda rows: ModePlan(mode="train", compiles=False, fits=False, rows=rows, peak_bytes=2 << 34,
+                              capacity_bytes=1 << 34))
+    assert (found.rows, found.fits, found.rows_too_many) == (16, False, None)
+
+
+def test_the_largest_batch_of_a_step_and_of_one_whose_rows_are_not_free(tmp_path):
+    trainer = make(tmp_path)
+    (evaluation,) = trainer.plan(input_fn, topology="v5e:2x2", modes=["eval"], batch="largest").modes
+    assert evaluation.fits and 1_000_000 < evaluation.rows < 100_000_000 and evaluation.rows % 4 == 0
+    assert evaluation.rows < evaluation.rows_too_many <= 1.01 * evaluation.rows + 4 and evaluation.num_tried > 2
+    assert evaluation.argument_bytes["batch"] == 2 * 4 * WIDTH * evaluation.rows // 4
+
+    def fixed(features, labels, mode, params, model, optimizer):
+        assert params["batch_size"] == len(features)
+        loss = model(features.view(ROWS, WIDTH)).square().mean()
+        return TPUEstimatorSpec(mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss))
+
+    with pytest.raises(ConfigError, match=r"any number of rows\. With 128 in place of 64, it raises RuntimeError: shape"):
+        make(tmp_path, fixed, num_shards=1).plan(input_fn, topology="v5e:2x2", batch="largest")
+    with pytest.raises(ConfigError, match="the batch of a plan is 'largest', or None.*'huge'"):
+        trainer.plan(input_fn, topology="v5e:2x2", batch="huge")

@@ -72,10 +72,12 @@ class PlanSettings:
 
     Attributes:
       topology: a TPU generation and its chips along each side, such as v5e:2x2; or a list of them.
+      batch: 'largest' looks for the largest batch of each mode that fits; None takes the batch sizes of the run.
       modes: train, eval and predict, or some of these.
     """
 
     topology: Any = None
+    batch: str | None = None
     modes: list[str] = field(default_factory=lambda: ["train", "eval"])
 
 

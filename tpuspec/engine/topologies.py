@@ -142,8 +142,8 @@ class _Planned(OneDevice):
         return arrays[0]  # only programs say what they take
 
     def fetch(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Returns zeros, which stand where state is traced from; nobody reads them."""
-        return [torch.zeros(array.shape, dtype=_OF_TORCH[str(array.dtype)]) for array in arrays]
+        """Returns tensors of their shapes without values."""
+        return [torch.empty(array.shape, dtype=_OF_TORCH[str(array.dtype)], device="meta") for array in arrays]
 
     def fetch_whole(self, arrays: Sequence[Any]) -> list[Tensor]:
         return [tensor[0] if self._is_stacked(array) else tensor

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.loops.optimizer_state import tell_of_inner
+from tpuspec.placement import copy_without_memory, without_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,24 @@ class ModelSource:
         if not isinstance(module, nn.Module):
             raise ConfigTypeError(f"model must return a torch.nn.Module; got {type(module).__name__}.")
         return check_materialized(module)
+
+    def without_memory(self) -> ModelSource:
+        """Returns a source of modules whose parameters have shapes, and no memory where their function allows it."""
+        if self.model is None:
+            return self
+        if isinstance(self.model, nn.Module):
+            return dataclasses.replace(self, model=copy_without_memory(self.model))
+        return dataclasses.replace(self, model=self._build_without_memory)
+
+    def _build_without_memory(self, params: Mapping[str, Any]) -> nn.Module:
+        assert self.model is not None and not isinstance(self.model, nn.Module)
+        try:
+            with without_memory():
+                return self.model(copy.deepcopy(dict(params)))
+        except Exception as error:
+            logger.warning("the model function needs the values of its parameters (%s: %s), so they are made, in this "
+                           "host's memory.", type(error).__name__, (str(error).splitlines() or [""])[0])
+            return self.model(copy.deepcopy(dict(params)))
 
     def build_optimizers(self, module: nn.Module | None) -> dict[str, torch.optim.Optimizer]:
         """Builds the optimizers over a placed module, by name; the name of a single one is ''.

@@ -26,7 +26,7 @@ from tpuspec.loops.agreement import InputEnd, agreed_input
 from tpuspec.loops.rehearsal import Rehearsal, rehearse
 from tpuspec.loops.session import Session
 from tpuspec.loops.step import ForwardStep, ModelFnCall, TrainStep, check_unsigned
-from tpuspec.spec.backend import CompiledStep
+from tpuspec.spec.backend import CompiledStep, StepFunction
 from tpuspec.spec.functions import check_model_fn_call
 from tpuspec.spec.mode import ModeKeys
 from tpuspec.spec.phase import in_phase
@@ -163,7 +163,7 @@ class Preparation:
                                      tried=session.tried_metrics, limits=settings.limits if self._on_xla else None)
             settings.limits.check(first.replicas)
             step = session.compiled_step(
-                mode, TrainStep(call=call) if mode is ModeKeys.TRAIN else ForwardStep(call=call),
+                mode, self.make_step(),
                 num_at_once=self._config.tpu_config.steps_per_execution if mode is ModeKeys.TRAIN else 1)
         except BaseException:
             batches.close()
@@ -177,6 +177,11 @@ class Preparation:
                 batches, num_batches=self._config.prefetch_batches if backend.topology.num_hosts == 1 else 0,
                 first=[first], random_state=random_state),
             step=step, rehearsal=rehearsal, copies=self._num_copies(), input_end=input_end)
+
+    def make_step(self) -> StepFunction:
+        """Returns the step of one replica."""
+        call = self._model_fn_call()
+        return TrainStep(call=call) if self._mode is ModeKeys.TRAIN else ForwardStep(call=call)
 
     def _num_copies(self) -> int:
         if not self.plan.broadcast:

@@ -40,6 +40,8 @@ class ModePlan:
       collectives: kind -> (how many, bytes of their results).
       steps_per_program: training steps of one run of the program.
       rows: of the global batch of a step.
+      num_tried: batches that were compiled for, to find the largest one that fits; 0 where this one was given.
+      rows_too_many: of the smallest of them that does not fit, where a larger one does; None else.
       compute_seconds, memory_seconds, link_seconds: what the device needs at least for the operations, for memory and
         for the links, at its peak speeds; None where the chip is not known.
       compile_seconds: on this machine.
@@ -62,6 +64,8 @@ class ModePlan:
     collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     steps_per_program: int = 1
     rows: int = 0
+    num_tried: int = 0
+    rows_too_many: int | None = None
     compute_seconds: float | None = None
     memory_seconds: float | None = None
     link_seconds: float | None = None

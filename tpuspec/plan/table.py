@@ -34,6 +34,9 @@ def print_plan(plan: Plan) -> None:
 def _column(mode: ModePlan) -> dict[str, str]:
     """Returns what is told of a mode, by the names of the rows."""
     told = {"fits": "yes" if mode.fits else "no" if mode.compiles else "no, the compiler refuses it"}
+    told["rows of a step"] = f"{mode.rows:,}" + (
+        f", the most of {mode.num_tried} tried; {mode.rows_too_many:,} do not fit" if mode.rows_too_many else
+        f", the {'most' if mode.fits else 'fewest'} of {mode.num_tried} tried" if mode.num_tried else "")
     told |= {kind: format_bytes(size) for kind, size in sorted(mode.argument_bytes.items(), key=lambda one: -one[1])}
     if mode.compiles:
         told |= {"outputs besides": format_bytes(mode.output_bytes - mode.aliased_bytes),

@@ -174,7 +174,7 @@ class CapturedStep:
             holder.publish()
         self._of_optimizers.settle()
         self._state.make_readable()
-        before = Before(self._replica)
+        before = Before(self._replica, self._runtime)
         with undone_on_error(before):
             recording = self._record(batch, micro_step, before, watch=self._programs.watch_of(key))
             if key is not None:
@@ -198,10 +198,13 @@ class CapturedStep:
                 memory=self._memory, runtime=self._runtime, inputs_of=state.inputs_of(before, batch),
                 is_alone=self._is_alone)
             recording = record_with(watch=watch, locate=self._has_read)
-            if recording.has_read and not self._is_alone:
+            has_values = self._runtime.engine.has_values
+            if recording.has_read and not (self._is_alone and has_values):
                 before.restore()
                 graph.set_seed(seed, device)
                 notes = record_with(watch=Watch.device, locate=True).notes or recording.notes
+                if not has_values:
+                    raise CaptureError(f"{notes[0]}. A plan runs nothing that could be read.")
                 raise CaptureError(f"{self._name} cannot run on several devices: {notes[0]}. One program serves all of "
                                    "them, and what it reads would be the first replica's.")
             compile_recording(recording, device, self._runtime)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch_xla
+import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 from torch import Tensor
 from torch_xla._dynamo.dynamo_bridge import alias_with_buffer_donor_config
@@ -25,6 +26,11 @@ _C._set_xla_enable_device_data_cache(False)
 
 _SEED_ADD, _SEED_FACTOR, _SEED_MODULUS = 1012031, 7012063, 1 << 64
 _DRAW_ADD, _DRAW_FACTOR = 2531011, 214013
+
+_SMALL_BYTES = 1 << 18
+
+_READ_OF_NOTHING = ("Unexpected execution happens", "Trying to access XLA data")
+"""What torch_xla says where a value is read that nothing may compute, or that there is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +151,36 @@ def make_gone(like: Sequence[Tensor], device: str) -> list[Tensor]:
         run(compile_graph([result]), [found.value for found in inputs])
         _C._clear_pending_irs(device)
     return made
+
+
+def placeholders(like: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Returns device tensors of the shapes and dtypes of others, which graphs are traced with and do not run on.
+
+    Large ones have no memory; to read one is an error, and ends the process where XLA computes on the host instead.
+    """
+    small = [number for number, tensor in enumerate(like) if tensor.nbytes <= _SMALL_BYTES]
+    sent = dict(zip(small, send_apart([torch.zeros(like[number].shape, dtype=like[number].dtype) for number in small],
+                                      device), strict=True))
+    return [sent[number] if number in sent else xb.create_placeholder_tensor(tensor.shape, tensor.dtype)
+            for number, tensor in enumerate(like)]
+
+
+@contextlib.contextmanager
+def nothing_runs(note: Callable[[BaseException], BaseException]) -> Iterator[None]:
+    """Lets the block trace only: what reads a value within it is an error.
+
+    Args:
+      note: makes the error that is raised from torch_xla's own.
+    """
+    allow_execution(False)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(told in str(error) for told in _READ_OF_NOTHING):
+            raise
+        raise note(error) from error
+    finally:
+        allow_execution(True)
 
 
 def num_pending(device: str) -> int:

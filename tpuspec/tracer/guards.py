@@ -24,7 +24,7 @@ from tpuspec.spec.functions import user_place
 from tpuspec.tracer import graph
 from tpuspec.tracer.host_reads import HostReads
 from tpuspec.tracer.layouts import of_sources
-from tpuspec.tracer.on_engine import OnEngine
+from tpuspec.tracer.on_engine import OnEngine, read_of_plan
 from tpuspec.tracer.sources import Source
 
 InputsOf = Callable[[Sequence[Source], Sequence[Tensor]], list[Any]]
@@ -114,8 +114,7 @@ class GuardedReads:
           CaptureError: nothing runs that could compute it.
         """
         if not self._runtime.engine.has_values:
-            raise CaptureError(f"the step reads a value from the device at {user_place(sys._getframe(1))}, and a plan "
-                               "runs nothing that could compute it. Choose by torch.where on the device.")
+            raise read_of_plan(user_place(sys._getframe(1)))
         with self._reads.passed_over():
             root = graph.computed(tensor)
             if not self._is_alone and graph.has_collectives([root]):

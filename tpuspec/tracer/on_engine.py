@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from tpuspec.errors import CaptureError
 from tpuspec.spec.engine import Engine, Layout, Run
+from tpuspec.spec.functions import is_user_frame, user_place
 from tpuspec.tracer import graph
 from tpuspec.tracer.layouts import Layouts
 
@@ -63,6 +67,40 @@ class OnEngine:
             self._compiled.popitem(last=False)
         return compiled
 
+    def send(self, tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+        """Copies host tensors to the device that traces, each into a buffer of its own."""
+        return graph.send_apart(tensors, device) if self.engine.has_values else graph.placeholders(tensors, device)
+
+    def settle(self, tensors: Sequence[Tensor], device: str) -> None:
+        """Gives tensors that are still to be computed their values."""
+        waiting = graph.waiting(tensors)
+        if self.engine.has_values:
+            graph.materialize(waiting, device)
+        else:
+            _empty(waiting, device)
+
+    def part(self, tensors: Sequence[Tensor], device: str) -> None:
+        """Gives every tensor a buffer of its own: a clone shares its original's until one of them is written."""
+        seen: set[int] = set()
+        for tensor, handle in zip(tensors, graph.handles(tensors), strict=True):
+            if handle in seen and self.engine.has_values:
+                graph.publish(tensor, graph.inner(graph.send_copy(tensor, device)))
+            elif handle in seen:
+                _empty([tensor], device)
+            seen.add(handle)
+
+    def make_gone(self, like: Sequence[Tensor], device: str) -> list[Tensor]:
+        """Returns tensors of the shapes and dtypes of others that nobody can read."""
+        return graph.make_gone(like, device) if self.engine.has_values else graph.placeholders(like, device)
+
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Where no program runs, refuses to read a value within the block.
+
+        Raises:
+          CaptureError: the block reads one.
+        """
+        return contextlib.nullcontext() if self.engine.has_values else graph.nothing_runs(_told)
+
     def take(self, values: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         """Returns inputs of the values of tensors on the device that traces; whole ones without layouts."""
         return self.engine.put(graph.fetch(values) if self.engine.has_values else values, layouts)
@@ -71,3 +109,20 @@ class OnEngine:
         """Returns a random seed as an input; each replica has another one."""
         return self.engine.own([np.array((seed + ordinal * SEED_OF_REPLICA) % (1 << 64), np.uint64).view(np.int64)
                                 for ordinal in range(self.engine.num_replicas)])
+
+
+def read_of_plan(place: str) -> CaptureError:
+    """Returns the error of a step that reads a value where no program runs."""
+    return CaptureError(f"the step reads a value from the device at {place}, and a plan runs nothing that could "
+                        "compute it. Choose by torch.where on the device.")
+
+
+def _told(error: BaseException) -> CaptureError:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if is_user_frame(frame)]
+    return read_of_plan(user_place(frames[-1] if frames else None))
+
+
+def _empty(tensors: Sequence[Tensor], device: str) -> None:
+    """Lets tensors have no values, and nothing to compute them by."""
+    for tensor, made in zip(tensors, graph.placeholders(tensors, device), strict=True):
+        graph.publish(tensor, graph.inner(made))

@@ -107,21 +107,24 @@ class Before:
 
     Args:
       replica: the replica.
+      runtime: will run the step.
       is_traced: whether it is traced next.
 
     Attributes:
       given: slot -> `tensor_id` of what was found there; what was shared or pending has another one since.
     """
 
-    def __init__(self, replica: Replica, *, is_traced: bool = True) -> None:
+    def __init__(self, replica: Replica, runtime: OnEngine, *, is_traced: bool = True) -> None:
         self._replica = replica
         self.slots = read_slots(replica)
         self.given = {slot: graph.tensor_id(tensor) for slot, tensor in self.slots.items()}
-        _settle(self.slots, str(replica.device))
+        device = str(replica.device)
+        runtime.settle(list(self.slots.values()), device)
+        runtime.part(list(self.slots.values()), device)
         if is_traced:
             graph.forget_dtypes([tensor for slot, tensor in self.slots.items() if slot.kind != GRADIENT])
-        if graph.num_pending(str(replica.device)):  # another Trainer's, or the user's own
-            graph.materialize(list(_pending_tensors(str(replica.device)).values()), str(replica.device))
+        if graph.num_pending(device):  # another Trainer's, or the user's own
+            runtime.settle(list(_pending_tensors(device).values()), device)
         self.inner = {slot: graph.inner(tensor) for slot, tensor in self.slots.items()}
         # Else a constant of the trace could get the buffer, and the handle, of a slot that is only written.
         self._held = graph.held(list(self.slots.values()))
@@ -147,17 +150,6 @@ class Before:
         graph.forget_pending(str(self._replica.device))
         for slot, tensor in self.slots.items():
             graph.publish(tensor, self.inner[slot])
-
-
-def _settle(slots: Mapping[Slot, Tensor], device: str) -> None:
-    """Gives every slot a value and a buffer of its own: a clone shares its original's until one of them is written."""
-    tensors = list(slots.values())
-    graph.materialize(graph.waiting(tensors), device)
-    seen: set[int] = set()
-    for tensor, handle in zip(tensors, graph.handles(tensors), strict=True):
-        if handle in seen:
-            graph.publish(tensor, graph.inner(graph.send_copy(tensor, device)))
-        seen.add(handle)
 
 
 class Watch(enum.Enum):
@@ -201,7 +193,7 @@ def record(replica: Replica, step: StepFunction, batch: SentBatch, micro_step: i
     remembered = memory.all() if is_watched else {}
     reads = HostReads(locate=locate)
     try:
-        with (reads, numbers.in_place(watch=True) as of_step, graph.scalars_shared(),
+        with (runtime.tracing(), reads, numbers.in_place(watch=True) as of_step, graph.scalars_shared(),
               memory.watching() if is_watched else contextlib.nullcontext()):
             sources = Sources(before.handles, before.numbers, batch.tensors(), seed, of_step.ops.handles)
             guards = GuardedReads(sources.of, reads, runtime, inputs_of, batch.layouts, is_alone=is_alone)

@@ -88,7 +88,7 @@ class ReplicaState:
     def adopt(self, numbers: dict[Slot, int]) -> None:
         """Takes the state over from module and optimizers, as far as it was written there."""
         slots = self._tensors = read_slots(self.replica)
-        graph.materialize(graph.waiting(list(slots.values())), self.device)
+        self.runtime.settle(list(slots.values()), self.device)
         known = dict(zip(slots, self.arrays_of(list(slots.values())), strict=True))
         fresh = [slot for slot, array in known.items() if array is None]
         missing = [slots[slot] for slot in fresh]
@@ -287,7 +287,7 @@ class ReplicaState:
         for end, array in enumerate(arrays, start=1):
             num_bytes += array.nbytes
             if num_bytes >= _MOST_BYTES_SENT or end == len(arrays):
-                sent += graph.send(self._engine.fetch_whole(arrays[begin:end]), self.device)
+                sent += self.runtime.send(self._engine.fetch_whole(arrays[begin:end]), self.device)
                 begin, num_bytes = end, 0
         graph.forget_dtypes(sent)
         return sent
@@ -296,7 +296,8 @@ class ReplicaState:
         """Lets the values of tensors stand in arrays alone: new ones, or those that stand there too."""
         missing = [slot for slot, tensor in tensors.items() if (gone := self._gone.get(slot)) is None
                    or gone.shape != tensor.shape or gone.dtype != tensor.dtype]
-        self._gone |= zip(missing, graph.make_gone([tensors[slot] for slot in missing], self.device), strict=True)
+        made = self.runtime.make_gone([tensors[slot] for slot in missing], self.device)
+        self._gone |= zip(missing, made, strict=True)
         given = list(values.values()) if values is not None else self.arrays_of(list(tensors.values()))
         for (slot, tensor), array in zip(tensors.items(), given, strict=True):
             self._known.pop(graph.tensor_id(tensor), None)

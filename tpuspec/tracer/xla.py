@@ -156,7 +156,8 @@ class XlaBackend:
             layouts = shard_parameters(shapes, self.topology.mesh, rules=self._config.sharding, fsdp=self._config.fsdp)
         graph.use_device(self._name)
         if model is not None:
-            move_module(model, self._device)
+            move_module(model, self._device,
+                        None if self._engine.has_values else lambda tensor: graph.placeholders([tensor], self._name)[0])
         replica = Replica(ordinal=0, device=self._device, model=model,
                           global_step=torch.zeros(1, dtype=torch.int64).to(self._device))
         torch_xla.sync(wait=True)
@@ -214,7 +215,7 @@ class XlaBackend:
         num_hosts = self.topology.num_hosts if self.topology.mesh else 1
         whole = [tensor.repeat(num_hosts, *[1] * (tensor.ndim - 1)) if num_hosts > 1 and tensor.ndim else tensor
                  for tensor in tensors]
-        return graph.send_apart(whole, self._name)
+        return self._runtime.send(whole, self._name)
 
     def compile_step(self, step: StepFunction, replicas: Sequence[Replica], *, num_at_once: int = 1) -> CompiledStep:
         """Makes a step that is traced, compiled and, unless capture is off, replayed when it is called."""
@@ -248,13 +249,13 @@ class XlaBackend:
             with self.keeping_statistics(whole=False):
                 try:
                     with (module_as_before(replica.model), torch.autograd.set_multithreading_enabled(False),
-                          syncing_batch_norm(1)):
+                          syncing_batch_norm(1), self._runtime.tracing()):
                         return fn()
                 finally:
                     if replica.model is not None:
                         # Makes the written-back buffers plain device data: the first step's graph is then that of
                         # all others.
-                        graph.materialize(list(replica.model.buffers()), self._name)
+                        self._runtime.settle(list(replica.model.buffers()), self._name)
         finally:
             self.set_rng_state(random_state)
 
