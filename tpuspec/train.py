@@ -25,6 +25,7 @@ from tpuspec.export.bundle import Metadata
 from tpuspec.export.signature import describe
 from tpuspec.loops.ending import end_within
 from tpuspec.loops.interruption import interruptible
+from tpuspec.plan.picture import write_picture
 from tpuspec.plan.plan import check_fits
 from tpuspec.plan.table import print_plan
 from tpuspec.schedule.exporters import compare_metric
@@ -32,6 +33,7 @@ from tpuspec.schedule.train_and_evaluate import EXPORT_FOLDER
 from tpuspec.spec.warm_start import parse_warm_start
 
 PLAN_FILE = "plan.json"
+PICTURE_FILE = "plan.png"
 PREDICTIONS_FILE = "predictions.jsonl"
 _NUM_SHOWN_PREDICTIONS = 3
 _MOST_SECONDS_TO_END = 8.0
@@ -187,7 +189,7 @@ def export(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[
 
 
 def plan(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[str, Any]:
-    """Compiles for each topology, prints a table of each and writes plan.json.
+    """Compiles for each topology, prints a table of each and writes plan.json and plan.png.
 
     Raises:
       PlanError: the run does not fit one of them; the tables say by how much.
@@ -202,6 +204,11 @@ def plan(job: Job, trainer: tpuspec.Trainer, functions: Functions) -> Mapping[st
     with replacing(path) as file:
         file.write(json.dumps([each.as_dict() for each in plans], indent=2))
     print(f"plan: {path}", flush=True)
+    picture = os.path.join(trainer.model_dir, PICTURE_FILE)
+    if write_picture(plans, picture):
+        print(f"picture: {picture}", flush=True)
+    else:
+        print("no picture: matplotlib is not installed; the extra tpuspec[plan] has it", flush=True)
     check_fits(plans)
     return {}
 
