@@ -133,8 +133,9 @@ def test_the_command_line_plans_a_recipe_for_two_topologies(tmp_path, capsys):
     plans = json.loads((tmp_path / "plan.json").read_text())
     assert [(plan["topology"], plan["fits"], plan["modes"][0]["compiles"]) for plan in plans] == [
         ("v5e:2x2", True, True), ("v6e:2x2", True, True)]
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "v6e:2x2 (TPU v6 lite, 4 chips), 4 replicas" in shown and "examples/s, at most" in shown
+    assert "picture: " in shown and "v6e:2x2 (TPU v6 lite, 4 chips), 4 replicas" in shown and "examples/s, at most" in shown
     assert main(argv) == 2
     assert "needs plan.topology" in capsys.readouterr().err
     assert main(["config=digits", "mode=train", "plan.topology=v5e:2x2", f"model_dir={tmp_path}"]) == 2

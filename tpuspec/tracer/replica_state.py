@@ -285,7 +285,7 @@ class ReplicaState:
         sent: list[Tensor] = []
         begin = num_bytes = 0
         for end, array in enumerate(arrays, start=1):
-            num_bytes += array.nbytes
+            num_bytes += array.size * array.dtype.itemsize
             if num_bytes >= _MOST_BYTES_SENT or end == len(arrays):
                 sent += self.runtime.send(self._engine.fetch_whole(arrays[begin:end]), self.device)
                 begin, num_bytes = end, 0
