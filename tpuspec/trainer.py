@@ -46,6 +46,7 @@ from tpuspec.loops.weights import borrowed_weights, read_for_training, restore_f
 from tpuspec.plan.plan import Plan
 from tpuspec.schedule.history import read_eval_metrics
 from tpuspec.select import may_span_hosts, select, select_topology
+from tpuspec.spec.backend import Backend
 from tpuspec.spec.counts import check_int
 from tpuspec.spec.functions import InputFn, ModelFactory, ModelFn, OptimizerFactory, SchedulerFactory, check_model_fn
 from tpuspec.spec.hooks import CheckpointSaverListener, SessionRunHook
@@ -82,6 +83,10 @@ class Trainer(ReadsVariables):
       batch_axis: the axis of the rows in the input's tensors; see `tpuspec.data.batch_axis.BatchAxis`.
       eval_on_tpu: False evaluates in plain PyTorch, on config.device.
       export_to_tpu, export_to_cpu: whether `export` makes a program for XLA devices, and one for CPUs and GPUs.
+      summary_writers: functions of a folder (model_dir, or one of its eval folders) that return further
+        `tpuspec.summary.SummaryWriter`s, which get what TensorBoard gets; called on the chief, once a call.
+      backend: function of the RunConfig that returns another `tpuspec.spec.backend.Backend` to run on, in the place of
+        XLA, or with use_tpu=False of plain PyTorch.
       warm_start_from: weights to begin with where model_dir has no checkpoint: a path, or a
         `tpuspec.WarmStartSettings`.
 
@@ -99,7 +104,9 @@ class Trainer(ReadsVariables):
             train_batch_size: int | None = None, eval_batch_size: int | None = None,
             predict_batch_size: int | None = None, batch_axis: Any = None, eval_on_tpu: bool = True,
             export_to_tpu: bool = True, export_to_cpu: bool = True,
-            warm_start_from: str | os.PathLike[str] | WarmStartSettings | None = None) -> None:
+            warm_start_from: str | os.PathLike[str] | WarmStartSettings | None = None,
+            summary_writers: Sequence[Callable[[str], SummaryWriter]] = (),
+            backend: Callable[[RunConfig], Backend] | None = None) -> None:
         checked = arguments.check_config(config)
         arguments.check_params(params)
         if use_tpu:
@@ -110,6 +117,8 @@ class Trainer(ReadsVariables):
         self._config = arguments.resolve_model_dir(model_dir, checked)
         self._params = copy.deepcopy(dict(params or {}))
         arguments.check_factories(model, optimizer, scheduler)
+        arguments.check_extensions(summary_writers, backend)
+        self._summary_writers, self._make_backend = tuple(summary_writers), backend
         self._batch_sizes = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size,
                              ModeKeys.PREDICT: predict_batch_size}
         self._batch_axis = BatchAxis(batch_axis)
@@ -437,7 +446,8 @@ class Trainer(ReadsVariables):
             source = self._source if on_xla == self._use_tpu else self._copied_source()
             if not on_xla and self._use_tpu and may_span_hosts(self._config, use_tpu=True):
                 self._session(True)  # the hosts of a pod meet over its devices, also to evaluate without them
-            backend = select(self._config, use_tpu=on_xla)
+            backend = (self._make_backend(self._config) if self._make_backend is not None and on_xla == self._use_tpu
+                       else select(self._config, use_tpu=on_xla))
             if not backend.coordinator.is_chief:
                 self._progress = Progress(enabled=False)
             if not self._sessions:
@@ -456,7 +466,9 @@ class Trainer(ReadsVariables):
 
     def _writer(self, session: Session, folder: str, after_step: int | None = None) -> SummaryWriter:
         """Returns the writer of a folder; on hosts that are not the chief one that discards all."""
-        return create_file_writer(folder, after_step) if session.backend.coordinator.is_chief else MultiWriter(())
+        if not session.backend.coordinator.is_chief:
+            return MultiWriter(())
+        return MultiWriter([create_file_writer(folder, after_step), *(make(folder) for make in self._summary_writers)])
 
     def _watchdog(self) -> Watchdog:
         """Returns what watches one call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpuspec.config import InputPipelineConfig, RunConfig
@@ -131,6 +131,20 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None, config: RunConfi
         raise ConfigError(f"`model_dir` are set both in constructor and `RunConfig`, but with different values: "
                           f"{given!r} and {config.model_dir!r}. Set one of them.")
     return config.replace(model_dir=given or config.model_dir or tempfile.mkdtemp(prefix="tpuspec-"))
+
+
+def check_extensions(summary_writers: object, backend: object) -> None:
+    """Checks the functions that make what stands beside, or in the place of, tpuspec's own.
+
+    Raises:
+      ConfigTypeError: one is no function.
+    """
+    if not isinstance(summary_writers, Sequence) or not all(map(callable, summary_writers)):
+        raise ConfigTypeError("summary_writers must be a list of functions of a folder that return a SummaryWriter; got"
+                              f" {summary_writers!r}. Pass [lambda folder: MyWriter(folder)].")
+    if backend is not None and not callable(backend):
+        raise ConfigTypeError("backend must be a function of the RunConfig that returns a Backend; got "
+                              f"{type(backend).__name__}. Pass lambda config: MyBackend(config).")
 
 
 def check_factories(model: object, optimizer: object, scheduler: object = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tpuspec.data.pipeline import HostBatch
@@ -29,6 +29,7 @@ class EvaluateLoop:
       max_steps: steps at most; None for all.
       input_end: ends the input of the other hosts, where this one stops before its end.
       hooks_per_step: whether hooks fire around each step, as without XLA.
+      finish: called after the last step and its host work, before the hooks end.
     """
 
     backend: Backend
@@ -40,16 +41,22 @@ class EvaluateLoop:
     max_steps: int | None = None
     input_end: InputEnd = field(default_factory=InputEnd)
     hooks_per_step: bool = False
+    finish: Callable[[], None] = field(default=lambda: None)
     _num_steps: int = field(default=0, init=False)
 
     def run(self) -> int:
         """Evaluates; returns the number of steps, fewer where a signal came."""
+        is_over = False
         try:
-            with self.hooks, self.interruption.stops(self.hooks.context.request_stop), self.interruption.breaks_off(
-                    is_alone=not self.input_end.is_shared):
-                self._run()
+            with self.hooks:
+                with self.interruption.stops(self.hooks.context.request_stop), self.interruption.breaks_off(
+                        is_alone=not self.input_end.is_shared):
+                    self._run()
+                is_over = True
+                self.finish()
         except BaseException as error:
-            mark_step(error, self._num_steps + 1)
+            if not is_over:
+                mark_step(error, self._num_steps + 1)
             raise
         return self._num_steps
 

@@ -63,6 +63,15 @@ class EvaluationRun:
         context = HookContext(mode=ModeKeys.EVAL, model=session.module)
         work = EvalWork(writer=writer, metrics=metrics, progress=self.progress, step_kind=lambda: backend.step_kind,
                         global_step=session.global_step)
+        results: list[EvalResult] = []
+
+        def finish() -> None:
+            self.interruption.agree(backend.coordinator)
+            self.interruption.end()
+            result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
+            results.append(backend.coordinator.share(result))
+            context.read_metrics = lambda: results[0]
+
         self.progress.start(self.title, max_steps)
         try:
             with HostExecutor(self.queue_size) as executor:
@@ -71,14 +80,12 @@ class EvaluationRun:
                     drain=Drain(backend.fetch, executor, copies=prepared.copies,
                                 work=work if backend.coordinator.is_chief else leave_to_chief),
                     input_end=prepared.input_end, interruption=self.interruption, hooks_per_step=self.hooks_per_step,
+                    finish=finish,
                     hooks=HookRunner(self.hooks, context, writer=writer, summary_step=session.global_step)).run()
-            self.interruption.agree(backend.coordinator)
-            self.interruption.end()
-            result = {**metrics.compute(), "loss": work.loss.compute(), "global_step": session.global_step}
-            result = backend.coordinator.share(result)
         finally:
             metrics.reset_owned()
             self.progress.stop()
         work.loss.warn_of_padding()
+        (result,) = results
         write_results(writer, result, evaluated)
         return result, work.num_rows

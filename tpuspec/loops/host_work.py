@@ -80,6 +80,11 @@ class TrainWork:
                 run_host_function("host_call", host_call, step.join("host_call"), step=step.step,
                                   global_step=step.step - 1)
 
+    @property
+    def newest_loss(self) -> float | None:
+        """The loss of the newest step; None before one."""
+        return None if self._newest is None else self._newest[1]
+
     def finish(self) -> None:
         """Reports the last step, as far as it is not reported yet, and brings the writer up to date."""
         if self._newest is not None:

@@ -48,6 +48,7 @@ class Session:
       input_position: where the training input stands behind the last update; None before any.
       random_state: after the last training, for the next; None where it is to be seeded.
       has_state: whether the state was trained or restored; before, it is the initial one.
+      metrics: results of the newest evaluation; None before one.
       tried_metrics: metric functions that the rehearsal has tried on zeros, with their shapes.
     """
 
@@ -55,6 +56,7 @@ class Session:
         self.backend = backend
         self.global_step = 0
         self.has_state = False
+        self.metrics: Mapping[str, Any] | None = None
         self.tried_metrics: set[Hashable] = set()
         self.input_position: list[dict[str, Any]] | None = None
         self.random_state: dict[str, Any] | None = None
@@ -107,6 +109,12 @@ class Session:
         shared = coordinator.share([[step, dict(metrics)] for step, metrics in own.items()])
         return {step: metrics for step, metrics in shared}
 
+    @property
+    def optimizer(self) -> Any:
+        """What the user's optimizer function returned, of the first replica: an optimizer, or a dict of several."""
+        optimizers = self.replicas[0].optimizers
+        return optimizers.get("", optimizers) or None
+
     def evaluated(self, name: str | None, metrics: Mapping[str, Any]) -> None:
         """Lets schedules that follow a metric do so.
 
@@ -117,6 +125,7 @@ class Session:
         Raises:
           ConfigError: it lacks the metric.
         """
+        self.metrics = metrics
         if self._schedules is not None:
             self._schedules.evaluated(int(metrics["global_step"]), name, metrics)
 

@@ -99,20 +99,22 @@ class TrainingRun:
             writer=writer, progress=self.progress, step_kind=lambda: session.backend.step_kind,
             summary_every=config.save_summary_steps, log_every=config.log_step_count_steps,
             stop_on_nan=config.stop_on_nan)
-        context = HookContext(mode=ModeKeys.TRAIN, model=session.module, step=session.global_step)
+        context = HookContext(mode=ModeKeys.TRAIN, model=session.module, step=session.global_step,
+                              optimizer=session.optimizer, read_metrics=lambda: session.metrics)
         self.progress.start("train", last_step)
         try:
             # The steps of a program end at once.
             queue_size = config.host_queue_size * config.tpu_config.steps_per_execution
             with self.interruption.stops(context.request_stop), HostExecutor(queue_size) as executor:
+                drain = Drain(session.backend.fetch, executor, copies=prepared.copies,
+                              work=work if coordinator.is_chief else leave_to_chief,
+                              host_call_every=config.tpu_config.host_call_every_n_steps)
+                context.read_loss = lambda: work.newest_loss if drain.flush() else None
                 return TrainLoop(
                     session=session, step=prepared.step, batches=prepared.batches,
                     sizer=AgreedSizer(coordinator, self.loop_length, last_step), saver=self.saver,
                     drift=DriftCheck(session=session, most_steps=config.audit_every_steps),
-                    restored=self.restored, input_end=prepared.input_end, interruption=self.interruption,
-                    drain=Drain(session.backend.fetch, executor, copies=prepared.copies,
-                                work=work if coordinator.is_chief else leave_to_chief,
-                                host_call_every=config.tpu_config.host_call_every_n_steps),
+                    restored=self.restored, input_end=prepared.input_end, interruption=self.interruption, drain=drain,
                     hooks=HookRunner(self.hooks, context, writer=writer)).run()
         finally:
             with contextlib.ExitStack() as stack:  # each of them, whatever another one raises

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,34 @@ class HookContext:
       mode: a ModeKeys value.
       step: completed steps: global step in train, evaluation steps in evaluate, batches in predict.
       model: the module of the first replica, readable at this point; None where the Trainer has none.
+      optimizer: in train what the Trainer's optimizer function returned: an optimizer, or a dict of several. A hook
+        that sets a learning rate sets it in `param_groups`. None elsewhere.
+      read_loss, read_metrics: read what `loss` and `metrics` are.
     """
 
     mode: str
     step: int = 0
     model: Any = None
+    optimizer: Any = None
+    read_loss: Callable[[], float | None] = field(default=lambda: None, repr=False)
+    read_metrics: Callable[[], Mapping[str, Any] | None] = field(default=lambda: None, repr=False)
     _stop_requested: bool = field(default=False, repr=False)
+
+    @property
+    def loss(self) -> float | None:
+        """In train the mean loss of step `step` over all replicas; reading it waits for the host work until then.
+
+        None before the first step of a call, in other modes, and on hosts other than the chief.
+
+        Raises:
+          HostCallError: host work of a step raised.
+        """
+        return self.read_loss()
+
+    @property
+    def metrics(self) -> Mapping[str, Any] | None:
+        """In train the results of this Trainer's newest evaluation; in evaluate its own, from `end` on; else None."""
+        return self.read_metrics()
 
     def request_stop(self) -> None:
         """Asks the loop to end at this boundary."""
