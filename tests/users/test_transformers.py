@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch_xla  # noqa: F401 - transformers would import it, which sets an environment variable
 
 from tpuspec import CrossShardOptimizer, RunConfig, TPUConfig, TPUEstimatorSpec, Trainer
 
