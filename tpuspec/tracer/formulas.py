@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from tpuspec.errors import OperationError
+from tpuspec.tracer.attention import scaled_dot_product_attention
 from tpuspec.tracer.sums_of_halves import HALVES, single
 
 _KEY = "AutogradXLA"
@@ -367,6 +368,7 @@ def _istft(own: _Own, keys: Any, *_: Any, **__: Any) -> NoReturn:
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "svd": _svd, "conj": _conj, "layer_norm": _layer_norm,
     "native_layer_norm": _native_layer_norm, "group_norm": _group_norm, "nll_loss": _nll_loss,
-    "_chunk_cat": _chunk_cat, "istft": _istft, **{f"{name}.vec": functools.partial(_upsample, name=name) for name in (
+    "scaled_dot_product_attention": scaled_dot_product_attention, "_chunk_cat": _chunk_cat, "istft": _istft,
+    **{f"{name}.vec": functools.partial(_upsample, name=name) for name in (
         "upsample_nearest2d", "upsample_bilinear2d")}}
 """Each takes torch's own composition, the dispatch keys and the arguments."""
