@@ -122,7 +122,7 @@ class _Planned(OneDevice):
             argument_bytes=argument_bytes, output_bytes=memory.output_size_in_bytes,
             aliased_bytes=memory.alias_size_in_bytes, temporary_bytes=memory.temp_size_in_bytes,
             program_bytes=memory.generated_code_size_in_bytes, flops=cost.get("flops", 0.0),
-            accessed_bytes=cost.get("bytes accessed", 0.0), collectives=_collectives(compiled.as_text() or ""),
+            accessed_bytes=cost.get("bytes accessed", 0.0), collectives=count_collectives(compiled.as_text() or ""),
             seconds=time.perf_counter() - begun)
 
     def put(self, tensors: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
@@ -222,7 +222,7 @@ def _bytes_of(shape: Sequence[int], dtype: Any, place: Any) -> int:
     return math.prod(place.shard_shape(tuple(shape))) * jax.numpy.dtype(dtype).itemsize
 
 
-def _collectives(text: str) -> dict[str, tuple[int, int]]:
+def count_collectives(text: str) -> dict[str, tuple[int, int]]:
     """Returns kind -> (how many, bytes of their results) of a compiled program's text."""
     found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     for results, kind in _COLLECTIVE.findall(text):
