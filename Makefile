@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock operations release clean FORCE
+.PHONY: help setup train test test-faults test-faults-long format lint types check bench lock operations plans tpu-operations release clean FORCE
 
 export UV_HTTP_TIMEOUT
 # Without compiled files each process compiles torch anew, which takes seconds.
@@ -23,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'ARGS="..." goes to train, test, lint, format, bench, operations and lock; PYTHON=python3.12 chooses the Python.'
+	@echo 'ARGS="..." goes to train, test, lint, format, bench, operations, plans, tpu-operations and lock; PYTHON=python3.12 chooses the Python.'
 
 setup: $(READY)  ## makes or mends .venv; every other target does so too
 
@@ -60,6 +60,12 @@ bench: $(READY)  ## runs every benchmarks/bench_*.py
 
 operations: $(READY)  ## compares all of torch's operations on XLA with the CPU: docs/operations.md, a quarter of an hour
 	$(RUN) -m tests.operations.compare $(ARGS)
+
+plans: $(READY)  ## compiles every recipe for TPUs that are not there, in all modes and layouts: make plans ARGS="digits"
+	$(RUN) -m tests.plan.recipes $(ARGS)
+
+tpu-operations: $(READY)  ## compiles torch's operations for a TPU that is not there: docs/tpu_operations.md, an hour
+	$(RUN) -m tests.operations.on_tpu $(ARGS)
 
 release: $(READY)  ## releases what stands on main: make release VERSION=0.2.0
 	.ci/release "$(VERSION)"

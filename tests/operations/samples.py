@@ -68,12 +68,12 @@ def run_variant(op: Any, dtype: torch.dtype, device: torch.device, num_samples: 
         with _time_limit():
             samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=with_gradient), 60))
     except Exception as error:
-        return {"outcome": "untried", "why": _short(error)}
+        return {"outcome": "untried", "why": short(error)}
     samples = samples[::max(1, -(-len(samples) // num_samples))]
     outcomes: list[tuple[str, str]] = []
     for sample in samples:
         with contextlib.suppress(_NoReference):
-            outcomes.append(_run_sample(op, sample, dtype, device))
+            outcomes.append(_compare_sample(op, sample, dtype, device))
     if not outcomes:
         return {"outcome": "untried", "why": "the CPU has none of the samples"}
     order = ("wrong", "slow", "refused", "missing", "right")
@@ -92,30 +92,30 @@ def _run_on_cpu(op: Any, sample: Any) -> tuple[Any, bool]:
     cpu = torch.device("cpu")
     try:
         with _time_limit():
-            results = [_run(op, sample, _moved(sample, cpu), cpu, seed) for seed in SEEDS]
+            results = [run_sample(op, sample, moved(sample, cpu), cpu, seed) for seed in SEEDS]
     except Exception as error:
         raise _NoReference from error
     return results[0], any(_difference(results[0], other, exact=True) for other in results[1:])
 
 
-def _run_sample(op: Any, sample: Any, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def _compare_sample(op: Any, sample: Any, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     wanted, random = _run_on_cpu(op, sample)
     try:
         with _time_limit():
-            got = _run(op, sample, _moved(sample, device), device)
+            got = run_sample(op, sample, moved(sample, device), device)
             difference = _difference(wanted, got, forms_only=random or name_of(op) in NOT_SET | DRAWN)
             if difference and "value" in difference and dtype in _TOLERANCES and _is_nearer(op, sample, wanted, got):
                 difference = ""
     except OutOfTime:
         return "slow", f"more than {SECONDS_A_SAMPLE} s"
     except NotImplementedError as error:
-        return "missing", _short(error)
+        return "missing", short(error)
     except Exception as error:
-        return "refused", _short(error)
+        return "refused", short(error)
     return ("wrong", f"{difference}; {_describe(sample)}") if difference else ("right", "")
 
 
-def _run(op: Any, sample: Any, inputs: tuple[Any, tuple[Any, ...], dict[str, Any]], device: torch.device,
+def run_sample(op: Any, sample: Any, inputs: tuple[Any, tuple[Any, ...], dict[str, Any]], device: torch.device,
          seed: int = 0) -> tuple[list[Any], list[Any], list[Any]]:
     """Returns the outputs, the gradients of the inputs, and the inputs as they are afterwards."""
     torch.manual_seed(seed)
@@ -157,7 +157,7 @@ def _weights(like: Tensor) -> Tensor:
 
 
 def _difference(wanted: Any, got: Any, *, forms_only: bool = False, exact: bool = False) -> str:
-    """Returns the first difference of results of `_run`, or ''."""
+    """Returns the first difference of results of `run_sample`, or ''."""
     for part, ours, theirs in zip(("output", "gradient", "input afterwards"), wanted, got, strict=True):
         if not theirs and all(one is None or (isinstance(one, Tensor) and not one.numel()) for one in ours):
             continue  # gradients of nothing
@@ -218,7 +218,7 @@ def _is_nearer(op: Any, sample: Any, wanted: Any, got: Any) -> bool:
 
     try:
         inputs = pytree.tree_map(widen, (sample.input, sample.args, sample.kwargs))
-        exact = _run(op, sample, inputs, torch.device("cpu"))
+        exact = run_sample(op, sample, inputs, torch.device("cpu"))
     except Exception:
         return False
     for true, ours, theirs in zip(exact, wanted, got, strict=True):
@@ -233,7 +233,7 @@ def _is_nearer(op: Any, sample: Any, wanted: Any, got: Any) -> bool:
     return True
 
 
-def _moved(sample: Any, device: torch.device) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def moved(sample: Any, device: torch.device) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     known: dict[int, Tensor] = {}
 
     def move(leaf: Any) -> Any:
@@ -251,13 +251,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _describe(sample: Any) -> str:
-    def short(leaf: Any) -> Any:
+    def told(leaf: Any) -> Any:
         return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
 
-    return str(pytree.tree_map(short, (sample.input, sample.args, sample.kwargs)))[:200]
+    return str(pytree.tree_map(told, (sample.input, sample.args, sample.kwargs)))[:200]
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:160]
 
