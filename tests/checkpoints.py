@@ -19,6 +19,12 @@ def state_of(step: int, value: float = 1.0) -> TrainingState:
                          optimizers={"": {"state": {0: {"m": torch.full((3,), value)}}, "param_groups": []}})
 
 
+def damaged_steps(store: CheckpointStore) -> list[int]:
+    """The steps of the committed checkpoints whose bytes have changed."""
+    whole = {manifest.global_step for manifest in store.manifests()}
+    return [step for step in store.steps() if step not in whole]
+
+
 def newest_value(model_dir: str | os.PathLike[str], **options: Any) -> float:
     """The value of the newest checkpoint, the same in all its parts; what dead writers left is mended before."""
     store = CheckpointStore(model_dir, **options)

@@ -85,7 +85,8 @@ def test_fault_02_04_13_after_a_death_at_any_change_the_old_or_the_new_is_whole(
         made.clear()
         _save(address, step, 2.0, keep=keep)
         num_changes = len(made)
-    assert num_changes > 6
+    assert newest_value(address) == 2.0
+    assert num_changes > 4
     seen = set()
     for number in range(num_changes):
         address = prepared()
@@ -96,7 +97,8 @@ def test_fault_02_04_13_after_a_death_at_any_change_the_old_or_the_new_is_whole(
         # When the leases of the dead have ended, prepare deletes what they left.
         seen.add(newest_value(address, clock=lambda: time.time() + 2 * LEASE_SECONDS))
         assert len(_names(address)) == 4 * len(store.steps())
-    assert seen == {1.0, 2.0}
+    # The manifest is the last change of a save that has nothing to delete.
+    assert seen == ({1.0} if step == 2 and keep is None else {1.0, 2.0})
 
 
 def test_fault_02_a_manifest_that_was_cut_off_counts_not(address):

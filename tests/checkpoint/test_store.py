@@ -245,17 +245,19 @@ def test_prepare_gives_a_checkpoint_back_that_was_moved_aside_and_not_replaced(s
 def test_times_are_those_of_the_commits_and_of_the_first_one_ever(tmp_path):
     times = iter([10.0, 20.0, 30.0])
     store = CheckpointStore(tmp_path, clock=lambda: next(times))
-    assert store.started_at_seconds() is None
     for step in (1, 2):
         store.save(state_of(step))
     store.delete(1)
     store.save(state_of(3))
-    assert store.saved_at_seconds() == [(2, 20.0), (3, 30.0)]
-    assert store.started_at_seconds() == 10.0
+    assert [(one.global_step, one.saved_at_seconds, one.started_at_seconds) for one in store.manifests()] == [
+        (2, 20.0, 10.0), (3, 30.0, 10.0)]
+    again = CheckpointStore(tmp_path, clock=lambda: 40.0)
+    again.save(state_of(4))
+    assert again.manifests()[-1].started_at_seconds == 10.0
 
 
 def test_a_damaged_checkpoint_does_not_stop_the_next_save(store):
     store.save(state_of(1))
     (store.save(state_of(2)) / "state.json").write_text("{")
     store.save(state_of(3))
-    assert [step for step, _ in store.saved_at_seconds()] == [1, 3]
+    assert [manifest.global_step for manifest in store.manifests()] == [1, 3]

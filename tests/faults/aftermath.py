@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.checkpoints import damaged_steps
 from tpuspec.checkpoint.store import CheckpointStore
 
 LEFT_SECONDS = 10.0
@@ -61,5 +62,5 @@ def fault(kind: type[BaseException], *parts: str) -> Iterator[pytest.ExceptionIn
 def verified_steps(model_dir: Path) -> list[int]:
     """Returns the steps of the checkpoints in a folder, each of which must verify."""
     store = CheckpointStore(model_dir)
-    assert store.damaged_steps() == []
+    assert damaged_steps(store) == []
     return store.steps()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.checkpoints import damaged_steps
 from tests.faults.faulty import SIGNALLED_FILE
 from tests.faults.zygote_process import Zygote
 from tpuspec.checkpoint.store import CheckpointStore
@@ -45,7 +46,7 @@ class Ended:
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, each of them whole."""
         store = CheckpointStore(self.model_dir)
-        assert store.damaged_steps() == []
+        assert damaged_steps(store) == []
         return store.steps()
 
     def last_step(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tpuspec
+from tests.checkpoints import damaged_steps
 from tests.faults.system_calls import Killed, SystemCalls, system_calls
 from tests.full_disk import SmallDisk, full_at
 from tests.models import serving_input_fn
@@ -109,7 +110,7 @@ def test_fault_34_an_exporter_of_the_users_own_that_raises_is_named(tmp_path):
                                    tpuspec.EvalSpec(rows_input(), steps=None, exporters=Fails(), throttle_secs=0))
     assert caught.value.__notes__ == [f"The exporter 'mine' raised it, for {tmp_path}/checkpoint-2."]
     assert caught.value._tpuspec_phase == "exporter mine"
-    assert CheckpointStore(tmp_path).steps() == [0, 2] and CheckpointStore(tmp_path).damaged_steps() == []
+    assert CheckpointStore(tmp_path).steps() == [0, 2] and damaged_steps(CheckpointStore(tmp_path)) == []
     base = tmp_path / "export" / "mine"
     assert [load(base / name).global_step for name in visible(base)] == [2]
 

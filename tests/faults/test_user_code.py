@@ -7,6 +7,7 @@ import re
 import pytest
 
 import tpuspec
+from tests.checkpoints import damaged_steps
 from tests.faults import faulty
 from tests.faults.commands import CONFIG
 from tests.regression import make_trainer, rows_input
@@ -33,7 +34,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 def steps():
     store = CheckpointStore("run")
-    assert store.damaged_steps() == []
+    assert damaged_steps(store) == []
     return store.steps()
 
 
@@ -123,4 +124,4 @@ def test_fault_33_a_hook_that_raises_ends_the_run_and_the_other_hooks_end_is_cal
         make_trainer(tmp_path, save_checkpoints_steps=2).train(rows_input(), hooks=[Fails(), Other()], max_steps=4)
     assert len(ends) == (method != "begin")
     assert caught.value._tpuspec_phase == f"Fails.{method}"
-    assert CheckpointStore(tmp_path).damaged_steps() == []
+    assert damaged_steps(CheckpointStore(tmp_path)) == []

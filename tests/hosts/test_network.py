@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import damaged_steps
 from tpuspec.checkpoint.store import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.hardware]
@@ -83,4 +84,4 @@ def test_two_hosts_train_and_a_cut_cable_ends_both(namespaces, tmp_path):
         assert "it has been silent for" in error
     store = CheckpointStore(tmp_path / "run0")
     assert max(store.steps()) >= 40
-    assert store.damaged_steps() == []
+    assert damaged_steps(store) == []

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from tests.checkpoints import damaged_steps
 from tests.hosts.test_xla_hosts import LAYOUTS, STEPS, close, told
 from tpuspec.checkpoint.store import CheckpointStore
 
@@ -83,4 +84,4 @@ def test_a_process_that_is_killed_in_a_save_leaves_no_half_of_a_checkpoint(run_x
     store.prepare()
     assert sorted(path.name for path in (outcome.out / "run").iterdir() if "checkpoint" in path.name) == [
         "checkpoint-0"]
-    assert store.damaged_steps() == []
+    assert damaged_steps(store) == []

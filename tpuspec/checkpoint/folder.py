@@ -86,6 +86,10 @@ class Storage(Protocol):
         """
         ...
 
+    def state(self, name: str) -> Hashable | None:
+        """Returns what changes when a file of one of them does; None where there is none, or that cannot be told."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Returns the space that is left; None where there is no such bound."""
         ...

@@ -33,8 +33,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def write_files(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any], model: Mapping[str, Tensor],
-                optimizer: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes a checkpoint into an empty folder, each file through to the disk, the manifest last.
+                optimizer: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> Manifest:
+    """Writes a checkpoint into an empty folder, each file through to the disk, the manifest last; returns that.
 
     Args:
       write_file: makes a file of the folder.
@@ -50,11 +50,11 @@ def write_files(write_file: WriteFile, manifest: Manifest, values: Mapping[str, 
             name = f"{part}-{number:05}-of-{len(shards):05}" if len(shards) > 1 else part
             written = write_file(f"{name}.safetensors", encode_tensors(shard))
             files[f"{name}.safetensors"] = FileEntry(size=written.size, crc32=written.crc32)
-    _write_rest(write_file, dataclasses.replace(manifest, files=files, is_finite=is_finite(model)), values)
+    return _write_rest(write_file, dataclasses.replace(manifest, files=files, is_finite=is_finite(model)), values)
 
 
-def write_index(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any], part: Part) -> None:
-    """Writes what makes the files of several processes a checkpoint, the manifest last.
+def write_index(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any], part: Part) -> Manifest:
+    """Writes what makes the files of several processes a checkpoint, the manifest last; returns that.
 
     Args:
       write_file: makes a file of the folder.
@@ -69,14 +69,16 @@ def write_index(write_file: WriteFile, manifest: Manifest, values: Mapping[str, 
     text = Part(tensors=part.tensors, is_finite=part.is_finite).encode().encode()
     written = write_file(INDEX_FILE, [text])
     files = part.files | {INDEX_FILE: FileEntry(size=written.size, crc32=written.crc32)}
-    _write_rest(write_file, dataclasses.replace(manifest, files=files, is_finite=part.is_finite), values)
+    return _write_rest(write_file, dataclasses.replace(manifest, files=files, is_finite=part.is_finite), values)
 
 
-def _write_rest(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any]) -> None:
+def _write_rest(write_file: WriteFile, manifest: Manifest, values: Mapping[str, Any]) -> Manifest:
     text = json.dumps(dict(values), allow_nan=False, indent=1).encode()
     written = write_file(STATE_FILE, [text])
     files = manifest.files | {STATE_FILE: FileEntry(size=written.size, crc32=written.crc32)}
-    write_file(MANIFEST_FILE, [encode_manifest(dataclasses.replace(manifest, files=files))])
+    whole = dataclasses.replace(manifest, files=files)
+    write_file(MANIFEST_FILE, [encode_manifest(whole)])
+    return whole
 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:

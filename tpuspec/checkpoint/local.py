@@ -121,6 +121,16 @@ class LocalStorage:
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
+    def state(self, name: str) -> Hashable | None:
+        """Returns inode, size and times of each file."""
+        try:
+            with os.scandir(self.path(name)) as entries:
+                found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        except OSError:
+            return None
+        return tuple(sorted((file, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
+                            for file, each in found))
+
     def free_bytes(self) -> int | None:
         """Returns what the disk has left."""
         return shutil.disk_usage(self.location).free

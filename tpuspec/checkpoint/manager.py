@@ -80,11 +80,10 @@ class CheckpointManager:
         manifests = self.store.manifests()
         # A run that went back to an earlier step keeps what it has just saved; NaN does not displace the last good one.
         kept = {saved_step, *[manifest.global_step for manifest in manifests if manifest.is_finite][-1:]}
-        started = self.store.started_at_seconds()
-        if started is None:
+        if not manifests:
             return
         checkpoints = [(manifest.global_step, manifest.saved_at_seconds) for manifest in manifests]
-        for step in self.retention.steps_to_delete(checkpoints, started):
+        for step in self.retention.steps_to_delete(checkpoints, manifests[-1].started_at_seconds):
             if step not in kept:
                 with contextlib.suppress(InUseError):  # its turn comes after a later save
                     self.store.delete(step)

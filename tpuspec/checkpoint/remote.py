@@ -109,8 +109,7 @@ class RemoteFolder:
 
     def identity(self, name: str) -> Hashable:
         """Returns what this file system tells of a file's state."""
-        found = self._info(name)
-        return tuple((key, str(found[key])) for key in _IDENTITY if key in found)
+        return _identity(self._info(name))
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[OpenFile]:
@@ -151,6 +150,18 @@ class RemoteStorage:
     def names(self) -> dict[str, bool]:
         """Returns the folders, and whether each has a manifest."""
         return {name: bool(_generations(list_names(self._fs, self._at(name)))) for name in self._folders()}
+
+    def state(self, name: str) -> Hashable | None:
+        """Returns what this file system tells of each file, in one call."""
+        folder = self._at(name)
+        try:
+            with as_os_errors():
+                self._fs.invalidate_cache(folder)
+                entries: Any = self._fs.ls(folder, detail=True)
+        except OSError:
+            return None
+        return tuple(sorted((file, *_identity(entry)) for entry in entries
+                            if not _LEASE.fullmatch(file := entry["name"].rpartition("/")[2])))
 
     def free_bytes(self) -> int | None:
         """Returns None."""
@@ -273,6 +284,10 @@ class RemoteStorage:
     def _is_leased(self, names: list[str]) -> bool:
         ends = [int(match[1]) for match in map(_LEASE.fullmatch, names) if match]
         return any(end > self._clock() for end in ends)
+
+
+def _identity(found: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((key, str(found[key])) for key in _IDENTITY if key in found)
 
 
 def _generations(names: Iterable[str]) -> list[int]:

@@ -61,8 +61,9 @@ class CheckpointStore:
         self._max_shard_bytes = max_shard_bytes
         self._clock = clock
         self._sleep = sleep
-        # Location -> the files whose checksums were right, so that each is read through once.
-        self._verified: dict[str, Hashable] = {}
+        # Location -> state of the files whose checksums were right, so that each is read through once; and manifest.
+        self._verified: dict[str, tuple[Hashable, Manifest]] = {}
+        self._started_at_seconds: float | None = None
         self._told: set[Location] = set()
 
     def prepare(self) -> None:
@@ -186,10 +187,6 @@ class CheckpointStore:
             self._told.add(path)
             logger.warning("%s", what)
 
-    def damaged_steps(self) -> list[int]:
-        """Returns the steps of the committed checkpoints whose bytes have changed."""
-        return [step for step in self.steps() if not self._is_whole(self.path(step))]
-
     def verify(self, path: str | os.PathLike[str]) -> Manifest:
         """Checks every byte of a checkpoint, unless it did so before and the files are the same.
 
@@ -197,14 +194,27 @@ class CheckpointStore:
           DamagedCheckpointError: a byte has changed; names the file.
           CheckpointError: `path` is no checkpoint that can be read.
         """
+        key = os.fspath(path)
+        known, state = self._verified.get(key), self._state(key)
+        if known is not None and state is not None and known[0] == state:
+            return known[1]
         with Reader.open(path) as reader:
-            if any(reader.size(name) < 0 for name in reader.manifest.files):
+            if any(reader.size(file) < 0 for file in reader.manifest.files):
                 reader.verify()  # raises
-            fingerprint = (repr(reader.manifest), reader.fingerprint())
-            if self._verified.get(os.fspath(path)) != fingerprint:
+            if state is None:  # of another folder
+                state = (repr(reader.manifest), reader.fingerprint())
+            if known is None or known[0] != state:
                 reader.verify()
-                self._verified[os.fspath(path)] = fingerprint
+                self._verified[key] = state, reader.manifest
             return reader.manifest
+
+    def _state(self, path: str) -> Hashable | None:
+        """Returns what changes when a file of a checkpoint does; None for one of another folder.
+
+        It is asked for before the files are read: one that changes meanwhile is another one the next time.
+        """
+        folder, _, name = path.rpartition("/")
+        return self._storage.state(name) if folder == os.fspath(self.model_dir) else None
 
     def save(self, state: TrainingState, joint: JointSave | None = None) -> Location:
         """Commits a checkpoint; one of the same step is replaced. All of `state` was read when it returns.
@@ -227,14 +237,17 @@ class CheckpointStore:
             joint.follow(lambda place: self._write_part(self._storage.writes_beside(name, place), joint, own))
             return self.path(state.global_step)
         now = self._clock()
-        started = self.started_at_seconds()
-        manifest = Manifest(
-            global_step=state.global_step, saved_at_seconds=now, started_at_seconds=now if started is None else started,
-            is_finite=True, tpuspec_version=tpuspec_version(), files={})
+        if self._started_at_seconds is None:
+            self._started_at_seconds = self._read_started_at_seconds()
+        started = now if self._started_at_seconds is None else self._started_at_seconds
+        manifest = Manifest(global_step=state.global_step, saved_at_seconds=now, started_at_seconds=started,
+                            is_finite=True, tpuspec_version=tpuspec_version(), files={})
 
         def write(write_file: WriteFile, place: str) -> None:
+            nonlocal manifest
             if joint is None:
-                return write_files(write_file, manifest, values, model, tensors, self._max_shard_bytes)
+                manifest = write_files(write_file, manifest, values, model, tensors, self._max_shard_bytes)
+                return
             joint.begin(place)
             try:
                 part = self._write_part(write_file, joint, own)
@@ -242,15 +255,16 @@ class CheckpointStore:
                 others = joint.gather()  # none of them writes when another place is named
             for other in others:
                 part.add(other)
-            return write_index(write_file, manifest, values, part)
+            manifest = write_index(write_file, manifest, values, part)
 
         with joint.ending() if joint is not None else contextlib.nullcontext():
             self._commit(name, write, num_bytes=sum(value.nbytes for tensors_of_part in (
                 own.values() if joint is not None else (model, tensors)) for value in tensors_of_part.values()))
-        if not self._storage.reads_back:
-            with Reader.open(self.path(state.global_step)) as reader:
-                self._verified[os.fspath(self.path(state.global_step))] = (repr(reader.manifest), reader.fingerprint())
-        return self.path(state.global_step)
+        self._started_at_seconds = started
+        path = self.path(state.global_step)
+        if not self._storage.reads_back and (written := self._storage.state(name)) is not None:
+            self._verified[os.fspath(path)] = written, manifest
+        return path
 
     def _write_part(self, write_file: WriteFile, joint: JointSave, own: Mapping[str, Mapping[str, Pieces]]) -> Part:
         part = write_part(write_file, joint.number, own, self._max_shard_bytes)
@@ -286,6 +300,9 @@ class CheckpointStore:
         Raises:
           CheckpointError: `path` is no checkpoint that can be read.
         """
+        known = self._verified.get(os.fspath(path))
+        if known is not None and known[0] == self._state(os.fspath(path)):
+            return known[1].global_step
         with Reader.open(path) as reader:
             return reader.manifest.global_step
 
@@ -354,26 +371,22 @@ class CheckpointStore:
 
     def manifests(self) -> list[Manifest]:
         """Returns the manifests of the committed checkpoints whose bytes are right, in ascending order of step."""
-        return [self.verify(self.path(step)) for step in self.steps() if self._is_whole(self.path(step))]
+        found = (self._whole(step) for step in self.steps())
+        return [manifest for manifest in found if manifest is not None]
 
-    def saved_at_seconds(self) -> list[tuple[int, float]]:
-        """Returns (step, time of its commit) of the committed checkpoints that are whole, in ascending order."""
-        return [(manifest.global_step, manifest.saved_at_seconds) for manifest in self.manifests()]
-
-    def started_at_seconds(self) -> float | None:
+    def _read_started_at_seconds(self) -> float | None:
         """Returns the time of the first commit ever made here, though it may be deleted since; None without any."""
         for step in reversed(self.steps()):
-            if self._is_whole(self.path(step)):
-                return self.verify(self.path(step)).started_at_seconds
+            if (manifest := self._whole(step)) is not None:
+                return manifest.started_at_seconds
         return None
 
-    def _is_whole(self, path: Location) -> bool:
+    def _whole(self, step: int) -> Manifest | None:
         # A damaged checkpoint must not stop the saving of a good one; who loads it gets the error.
         try:
-            self.verify(path)
+            return self.verify(self.path(step))
         except CheckpointError:
-            return False
-        return True
+            return None
 
 
 def _name(step: int) -> str:
