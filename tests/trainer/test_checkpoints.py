@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from tests.regression import (
     rows_input,
 )
 from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.errors import ConfigError
 
 
 def test_training_goes_on_from_the_checkpoint_in_a_new_trainer(tmp_path):
@@ -134,3 +136,18 @@ def test_hyper_parameters_of_a_resumed_run_are_those_it_asks_for_and_a_differenc
     with_lr(0.0).train(rows_input(), max_steps=4)
     np.testing.assert_array_equal(with_lr(0.0).get_variable_value("weight"), before)
     assert "lr is 0.0 as this run asks; the checkpoint had 0.1" in caplog.text
+
+
+def test_after_a_train_that_saved_nothing_the_variables_are_those_in_memory(tmp_path):
+    trainer = make_trainer(tmp_path, save_checkpoints_secs=None)
+    trainer.train(rows_input(), steps=3)
+    assert trainer.latest_checkpoint() is None
+    assert trainer.get_variable_names() == ["bias", "global_step", "weight"]
+    assert trainer.get_variable_value("global_step") == 3
+    before = trainer.get_variable_value("weight")
+    trainer.train(rows_input(), steps=1)
+    assert (trainer.get_variable_value("weight") != before).any()
+    with pytest.raises(ConfigError, match="no variable 'x' in the model in memory; it holds"):
+        trainer.get_variable_value("x")
+    with pytest.raises(ConfigError, match="Could not find trained model in model_dir"):
+        make_trainer(tmp_path).get_variable_names()
