@@ -30,14 +30,13 @@ from recipes import gpt_bytes
 from tpuspec import ModeKeys, TPUEstimatorSpec
 
 SHARDING: dict[str, list[str | None]] = {
-    "model.embed_tokens.weight": ["model", None],
-    "model.layers.*.self_attn.[qkv]_proj.weight": ["model", None],
-    "model.layers.*.self_attn.o_proj.weight": [None, "model"],
-    "model.layers.*.mlp.[gu]*_proj.weight": ["model", None],
-    "model.layers.*.mlp.down_proj.weight": [None, "model"],
-    "lm_head.weight": ["model", None],
+    "*.[qkv]_proj.weight": ["model", None],
+    "*.o_proj.weight": [None, "model"],
+    "*.[gu]*_proj.weight": ["model", None],
+    "*.down_proj.weight": [None, "model"],
+    "*[sd].weight": ["model", None],  # embed_tokens, and lm_head where there is one
 }
-"""For `TPUConfig.sharding` on a mesh of data and model: heads, hidden units of MLPs and the vocabulary are split."""
+"""Rules of configs/config/llama_mesh.yaml: heads, hidden units of MLPs and the vocabulary are split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from recipes import llama
 from tpuspec import ModeKeys
@@ -140,3 +143,13 @@ def test_a_step_evaluates_and_samples():
             spec = llama.model_fn(features, None, ModeKeys.PREDICT, PARAMS, model, None, torch.tensor([0]))
             drawn.append(spec.predictions["byte"])
     assert model.window[0].tolist() == [*b"\ndef "] + [int(each[0]) for each in drawn]
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_the_rules_of_a_mesh_split_each_matrix_once(tied_head):
+    file = Path(llama.__file__).parent.parent / "configs" / "config" / "llama_mesh.yaml"
+    assert yaml.safe_load(file.read_text())["tpu"]["sharding"] == llama.SHARDING
+    for name, parameter in make(tied_head=tied_head).named_parameters():
+        rules = [axes for pattern, axes in llama.SHARDING.items() if fnmatchcase(name, pattern)]
+        assert len(rules) == (parameter.ndim == 2), name
+    assert llama.SHARDING["*.o_proj.weight"] == llama.SHARDING["*.down_proj.weight"] == [None, "model"]
