@@ -77,7 +77,7 @@ lock: $(LOCKED)  ## writes requirements.lock from pyproject.toml: make lock ARGS
 clean:  ## removes .venv, builds and caches; keeps runs
 	rm -f $(LOCKED) $(READY)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
-	find $(wildcard tpuspec recipes configs tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard tpuspec tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up: each stamp is written last, so that what was interrupted is done again.
 

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LAYERS = {*MAY_IMPORT, "train", "testing", "__init__", "tpuspec"}
 MAY_IMPORT |= {
     "testing": LAYERS - {"trainer", "train", "tpuspec"},
+    "recipes": LAYERS,  # a user's code
     "train": LAYERS,
     "__init__": LAYERS,
 }

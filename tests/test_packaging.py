@@ -37,7 +37,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_has_only_the_packages_and_the_configs(wheel):
     metadata = f"tpuspec-{project_table()['version']}.dist-info"
-    assert {name.split("/")[0] for name in wheel.namelist()} == {"tpuspec", "recipes", "configs", metadata}
+    assert {name.split("/")[0] for name in wheel.namelist()} == {"tpuspec", metadata}
     assert f"{metadata}/licenses/LICENSE" in wheel.namelist()
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
@@ -48,7 +48,7 @@ def test_the_wheel_is_typed_and_has_the_command(wheel):
     assert "tpuspec = tpuspec.train:command" in wheel.read(entries).decode().replace("\"", "")
 
 
-@pytest.mark.parametrize("pattern", ["configs/*.yaml", "configs/config/*.yaml", "recipes/*.py", "tpuspec/**/*.py"])
+@pytest.mark.parametrize("pattern", ["tpuspec/configs/**/*.yaml", "tpuspec/**/*.py"])
 def test_wheel_holds_every(pattern, wheel):
     files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
     assert files, f"there is no {pattern}"

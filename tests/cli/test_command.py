@@ -51,7 +51,7 @@ def test_second_run_says_that_training_is_complete_and_scores_the_same(trained):
 
 @pytest.mark.slow
 def test_predictions_without_xla_agree_with_the_accuracy_on_it(trained, monkeypatch):
-    from recipes import digits
+    from tpuspec.recipes import digits
 
     folder, first = trained
     monkeypatch.chdir(folder)

@@ -7,7 +7,8 @@ import tpuspec
 from tpuspec import CaptureMode, InputPipelineConfig
 
 _TYPED = """
-{model_fn: recipes.digits.model_fn, input_fn: recipes.digits.input_fn, model: recipes.digits.model, run: {max_steps: 3},
+{model_fn: tpuspec.recipes.digits.model_fn, input_fn: tpuspec.recipes.digits.input_fn,
+model: tpuspec.recipes.digits.model, run: {max_steps: 3},
 optimizer: {_target_: torch.optim.AdamW, lr: 0.1},
 params: {flag: true, opt: null, rate: 0.5, count: 3, word: gelu, sizes: [1.0], deep: {flag: true, rate: 0.5},
          zero: 0, late: '${params.count}'}}
@@ -133,8 +134,8 @@ def test_unknown_mode_lists_the_modes(command, capsys, folder):
 @pytest.mark.parametrize("arguments", [
     ("mode=evaluate", "run.max_steps=5"), ("mode=predict", "run.steps=5"), ("mode=train", "run.eval_steps=5"),
     ("run.steps=5",), ("mode=predict", "eval_batch_size=5"), ("mode=evaluate", "export.name=x"),
-    ("mode=export", "run.max_steps=5"), ("mode=train", "serving_input_fn=recipes.digits.serving_input_fn"),
-    ("serving_input_fn=recipes.digits.serving_input_fn",), ("export.to_cpu=false",), ("export.to_tpu=false",),
+    ("mode=export", "run.max_steps=5"), ("mode=train", "serving_input_fn=tpuspec.recipes.digits.serving_input_fn"),
+    ("serving_input_fn=tpuspec.recipes.digits.serving_input_fn",), ("export.to_cpu=false",), ("export.to_tpu=false",),
     ("export.exporters=[latest,final]", "export.metric=accuracy"), ("export.higher_is_better=true",),
     ("export.exporters=[final]", "export.exports_to_keep=2"),
 ])

@@ -11,7 +11,8 @@ from tpuspec.errors import ConfigError, ConfigTypeError
 
 
 def settings(**changes):
-    return TrainConfig(**{"model_fn": "recipes.digits.model_fn", "input_fn": "recipes.digits.input_fn", **changes})
+    return TrainConfig(**{"model_fn": "tpuspec.recipes.digits.model_fn",
+                          "input_fn": "tpuspec.recipes.digits.input_fn", **changes})
 
 
 @pytest.fixture
@@ -30,9 +31,10 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["os.system", "stranger.model_fn", "recipesx.f", "torch.load", "torch.optimx.f"])
+@pytest.mark.parametrize("name", ["os.system", "stranger.model_fn", "tpuspecx.f", "recipes.f", "torch.load",
+                                  "torch.optimx.f"])
 def test_name_outside_the_prefixes_is_refused_before_any_import(stranger, name):
-    with pytest.raises(ConfigError, match=rf"model_fn={name} is refused: names resolve only below recipes\., tpuspec"):
+    with pytest.raises(ConfigError, match=rf"model_fn={name} is refused: names resolve only below tpuspec\., torch"):
         resolve_functions(settings(model_fn=name), BUILT_IN_PREFIXES)
     assert not (stranger / "imported").exists()
 
@@ -55,8 +57,8 @@ def test_alias_of_something_outside_is_refused(stranger, name):
 
 
 def test_module_reached_through_another_is_refused():
-    with pytest.raises(ConfigError, match=r"there is no module 'recipes\.digits\.torch'"):
-        resolve("model_fn", "recipes.digits.torch.load", BUILT_IN_PREFIXES)
+    with pytest.raises(ConfigError, match=r"there is no module 'tpuspec\.recipes\.digits\.torch'"):
+        resolve("model_fn", "tpuspec.recipes.digits.torch.load", BUILT_IN_PREFIXES)
 
 
 @pytest.mark.parametrize("name", ["NUMBER", "os", "partial"])
@@ -71,20 +73,20 @@ def test_prefix_that_is_no_package_is_refused(prefix):
         allowed_prefixes([prefix])
 
 
-@pytest.mark.parametrize("name", ["model_fn", "recipes.", "recipes..digits", "recipes.digits.model_fn()", ""])
+@pytest.mark.parametrize("name", ["model_fn", "tpuspec.", "tpuspec..digits", "tpuspec.recipes.digits.model_fn()", ""])
 def test_name_that_is_not_dotted_is_refused(name):
     with pytest.raises(ConfigError, match="model_fn must be a dotted name"):
         resolve_functions(settings(model_fn=name), BUILT_IN_PREFIXES)
 
 
 def test_misspelt_function_gets_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"module recipes\.digits has no 'modelfn'; did you mean 'model_fn'"):
-        resolve("model_fn", "recipes.digits.modelfn", BUILT_IN_PREFIXES)
+    with pytest.raises(ConfigError, match=r"module tpuspec\.recipes\.digits has no 'modelfn'; did you mean 'model_fn'"):
+        resolve("model_fn", "tpuspec.recipes.digits.modelfn", BUILT_IN_PREFIXES)
 
 
 def test_missing_module_is_named():
-    with pytest.raises(ConfigError, match=r"there is no module .recipes\.digitz."):
-        resolve("model_fn", "recipes.digitz.model_fn", BUILT_IN_PREFIXES)
+    with pytest.raises(ConfigError, match=r"there is no module .tpuspec\.recipes\.digitz."):
+        resolve("model_fn", "tpuspec.recipes.digitz.model_fn", BUILT_IN_PREFIXES)
 
 
 def test_import_error_inside_the_users_module_stays_the_users(stranger):
@@ -119,7 +121,7 @@ def test_optimizer_of_a_target_gets_its_arguments():
     ({"lr": 1}, ConfigError, "optimizer has no _target_"),
     ({"_target_": "torch.optim.AdamW", "lrr": 1}, ConfigError, "optimizer.lrr: .* did you mean 'lr'"),
     ({"_target_": "torch.optim.lr_scheduler.StepLR"}, ConfigTypeError, "must be a class of optimizers"),
-    ({"_target_": "recipes.digits.optimizer"}, ConfigTypeError, "for a function of .* write optimizer=recipes"),
+    ({"_target_": "tpuspec.recipes.digits.optimizer"}, ConfigTypeError, "write optimizer=tpuspec.recipes"),
     ({"_target_": 3}, ConfigTypeError, "must be a dotted name"),
     ("torch.optim.AdamW", ConfigError, "is a class; write it as optimizer={_target_: torch.optim.AdamW"),
     (3, ConfigTypeError, "must be a dotted name"),

@@ -14,8 +14,8 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-import recipes.digits as digits
 import tpuspec
+import tpuspec.recipes.digits as digits
 
 STEPS_PER_TURN, SAVE_EVERY_STEPS, KEPT_CHECKPOINTS = 20, 10, 2
 _BALLAST_FLOATS = 1_000_000

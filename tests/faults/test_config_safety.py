@@ -48,7 +48,7 @@ def test_fault_47_a_wrong_setting_is_named_with_the_nearest_and_nothing_is_creat
 
 CANARY = "touch canary"
 HOSTILE = [
-    ("model_fn=os.system",), ("model_fn=posix.system",), ("model_fn=recipes.digits.os.system",),
+    ("model_fn=os.system",), ("model_fn=posix.system",), ("model_fn=tpuspec.recipes.digits.os.system",),
     ("model_fn=tpuspec.train.os.system",), ("input_fn=builtins.exec",), ("model=subprocess.call",),
     ("report=os.system",), ("scheduler=os.system",), ("optimizer={_target_: os.system, command: touch canary}",),
     ("optimizer={_target_: torch.optim.os.system, command: touch canary}",),

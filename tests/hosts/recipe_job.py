@@ -15,15 +15,15 @@ import torch
 from torch.utils.data import Subset
 
 import tpuspec
-from recipes import digits, gpt_bytes, tabular
 from tpuspec import ModeKeys
+from tpuspec.recipes import digits, gpt_bytes, tabular
 
 ROWS, STEPS, SAVED = 101, 20, 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A recipe of recipes/, and what is changed of it: no dropout, whose draws are each layout's own."""
+    """A recipe of tpuspec/recipes/, and what is changed of it: no dropout, whose draws are each layout's own."""
 
     module: Any
     params: dict[str, Any]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import tpuspec
-from recipes import digits, gpt_bytes, tabular
+from tpuspec.recipes import digits, gpt_bytes, tabular
 
 NUM_STEPS, BATCH_SIZE = 10, 24
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {

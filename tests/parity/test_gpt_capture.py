@@ -1,13 +1,13 @@
-"""The GPT of recipes/gpt_bytes, captured and traced: the same bits in training and in sampling."""
+"""The GPT of tpuspec/recipes/gpt_bytes, captured and traced: the same bits in training and in sampling."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from recipes import gpt_bytes
 from tests.tracer.test_capture import BATCH, assert_same, batches, classify, kind, run, text
 from tpuspec import ModeKeys
+from tpuspec.recipes import gpt_bytes
 
 NUM_STEPS = 50
 PARAMS = {"length": 8, "width": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1, "num_samples": BATCH,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RECIPES = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "configs" / "config").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "tpuspec/configs/config").glob("*.yaml"))
 LAYOUTS = {"one chip": ["tpu.num_shards=1"], "4 replicas": [], "mesh": ["tpu.mesh={data: 4}", "tpu.fsdp=true"]}
 TOPOLOGIES, MODES = ("v5e:2x2", "v6e:2x2"), ("train", "eval", "predict")
 

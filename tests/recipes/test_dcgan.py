@@ -3,8 +3,8 @@ import torch
 from PIL import Image
 
 import tpuspec
-from recipes import dcgan
 from tests.test_readme import ROOT
+from tpuspec.recipes import dcgan
 
 PARAMS = {"noise": 8, "width": 4, "learning_rate": 0.0015}
 

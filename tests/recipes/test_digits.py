@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import digits
 from tpuspec import ModeKeys
 from tpuspec.drain.metric_state import MetricState
+from tpuspec.recipes import digits
 
 PARAMS = {"width": 4, "dropout": 0.25, "learning_rate": 0.002, "weight_decay": 0.01}
 

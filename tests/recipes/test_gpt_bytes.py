@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import gpt_bytes
 from tpuspec import ModeKeys
+from tpuspec.recipes import gpt_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARAMS = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from recipes import llama
 from tpuspec import ModeKeys
+from tpuspec.recipes import llama
 
 PARAMS = {
     "size": "tiny", "num_layers": 2, "width": 16, "num_heads": 4, "num_kv_heads": 2, "head_width": 6, "mlp_width": 20,

@@ -9,9 +9,9 @@ import torch
 import torch_xla  # noqa: F401 - transformers would import it, which sets an environment variable
 from safetensors.torch import save_file
 
-from recipes import llama
 from tests.recipes.test_llama import LLAMA_32
 from tpuspec import RunConfig, TPUEstimatorSpec, Trainer
+from tpuspec.recipes import llama
 from tpuspec.train import main
 
 # With long wavelengths that the 40 positions can tell from unstretched ones.

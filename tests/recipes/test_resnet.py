@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes import resnet
 from tpuspec import ModeKeys
+from tpuspec.recipes import resnet
 from tpuspec.train import main
 
 PARAMS = {"data": "digits", "size": "small", "side": 8, "num_classes": 10, "least_area": 0.08, "label_smoothing": 0.1,

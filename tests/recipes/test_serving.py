@@ -8,8 +8,8 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
 import tpuspec
-from recipes import dcgan, digits, tabular
 from tpuspec import ModeKeys
+from tpuspec.recipes import dcgan, digits, tabular
 
 PARAMS = {"width": 4, "dropout": 0.2, "noise": 8, "learning_rate": 0.002, "weight_decay": 0.01}
 

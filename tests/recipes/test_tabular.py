@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import tpuspec
-from recipes import tabular
 from tpuspec import ModeKeys
+from tpuspec.recipes import tabular
 
 PARAMS = {"width": 32, "dropout": 0.2, "learning_rate": 0.003, "weight_decay": 0.01}
 

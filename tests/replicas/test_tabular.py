@@ -1,12 +1,12 @@
-"""recipes/tabular on four replicas reaches its score."""
+"""tpuspec/recipes/tabular on four replicas reaches its score."""
 
 from __future__ import annotations
 
 import pytest
 
 import tpuspec
-from recipes import tabular
 from tests.recipes.test_tabular import PARAMS
+from tpuspec.recipes import tabular
 
 
 @pytest.mark.slow

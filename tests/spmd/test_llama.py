@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import llama
 from tests.recipes.test_llama import PARAMS
 from tests.spmd.test_spmd import part_shapes
 from tpuspec import RunConfig, TPUConfig, Trainer
+from tpuspec.recipes import llama
 
 
 def batches(params):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes import digits
 from tpuspec import ModeKeys, RunConfig, TPUConfig, Trainer
+from tpuspec.recipes import digits
 from tpuspec.spec.results import Batch
 
 ROWS = 64

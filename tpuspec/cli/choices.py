@@ -1,4 +1,4 @@
-"""The configs that config= can choose: files of configs/config/, packaged ones and the user's own."""
+"""The configs that config= can choose: files of tpuspec/configs/config/, packaged ones and the user's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tpuspec.errors import ConfigError
 
 GROUP = "config"
-PACKAGED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PACKAGED_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _PACKAGE_HEADER = "# @package _global_"
 
 

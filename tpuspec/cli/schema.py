@@ -151,7 +151,7 @@ class TrainConfig:
 
 
 def register_schema() -> None:
-    """Makes the schema known to Hydra, under the name that configs/train.yaml uses."""
+    """Makes the schema known to Hydra, under the name that tpuspec/configs/train.yaml uses."""
     ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig, provider="tpuspec")
 
 

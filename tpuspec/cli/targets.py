@@ -19,7 +19,7 @@ from tpuspec.cli.values import ABSENT, fit
 from tpuspec.errors import ConfigError, ConfigTypeError
 from tpuspec.spec.functions import ModelFactory, OptimizerFactory, SchedulerFactory
 
-BUILT_IN_PREFIXES = ("recipes.", "tpuspec.", "torch.optim.")
+BUILT_IN_PREFIXES = ("tpuspec.", "torch.optim.")
 TARGET_KEY = "_target_"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.?", re.ASCII)
@@ -102,9 +102,9 @@ def check_target(setting: str, name: object, prefixes: tuple[str, ...]) -> None:
       ConfigTypeError: it is no string.
     """
     if not isinstance(name, str):
-        raise ConfigTypeError(f"{setting} must be a dotted name such as recipes.digits.model_fn; got {name!r}.")
+        raise ConfigTypeError(f"{setting} must be a dotted name such as tpuspec.recipes.digits.model_fn; got {name!r}.")
     if not _DOTTED.fullmatch(name):
-        raise ConfigError(f"{setting} must be a dotted name such as recipes.digits.model_fn; got {name!r}.")
+        raise ConfigError(f"{setting} must be a dotted name such as tpuspec.recipes.digits.model_fn; got {name!r}.")
     if not name.startswith(prefixes):
         raise ConfigError(
             f"{setting}={name} is refused: names resolve only below {', '.join(prefixes)} If you trust it, allow it on "

@@ -28,8 +28,8 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 import tpuspec
-from recipes import digits
 from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.recipes import digits
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp"}
 _CIFAR_SIDE = 32

@@ -57,7 +57,7 @@ def load_split(mode: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(x, dtype=torch.float32), weights, labels
 
 
-def _load_rows() -> tuple[Any, Any, list[int], list[int]]:
+def _load_rows() -> tuple[Any, Any, Any, Any]:
     """Returns raw measurements, labels, and the numbers of the training and test rows."""
     cancer: Any = load_breast_cancer()
     malignant = 1 - cancer.target

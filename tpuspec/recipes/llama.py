@@ -3,7 +3,7 @@
 Trains: a causal transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU; AdamW under a cosine
   schedule with warm-up, gradients clipped to norm 1. Weights have the names of Hugging Face's Llama, and the same is
   computed with them.
-Data: the source of Python's standard library, as in recipes/gpt_bytes.py: no download.
+Data: the source of Python's standard library, as in tpuspec/recipes/gpt_bytes.py: no download.
 Expected score: 2.6 bits per byte on the kept files after the 300 steps of the config (8 is chance).
 Time: under two minutes on two CPU cores.
 Command: python -m tpuspec.train config=llama
@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, Metric
 
 import tpuspec
-from recipes import gpt_bytes
 from tpuspec import ModeKeys, TPUEstimatorSpec
+from tpuspec.recipes import gpt_bytes
 
 SHARDING: dict[str, list[str | None]] = {
     "*.[qkv]_proj.weight": ["model", None],

@@ -1,1 +1,0 @@
-"""Runnable examples; each is a model_fn, an input_fn and a YAML in configs/config/."""
