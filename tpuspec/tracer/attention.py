@@ -94,19 +94,8 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: f
 def _product(dims: str, one: Tensor, other: Tensor) -> Tensor:
     """Multiplies matrices, whose dims `dims` names: q of queries, k of keys, w of widths. Those before are all equal.
 
-    As [..., positions, heads, width], in which projections leave queries, keys and values: XLA drops the transposes of
-    the user's code then. And not by matmul, which makes one dim of those before: XLA fuses a product and what follows
-    it only without a reshape between.
+    matmul makes one dim of those before, and XLA fuses a product and what follows it only without a reshape between.
     """
     before = "abcdefgh"[:one.ndim - 2]
-    has_heads = len(before) > 1
-
-    def placed(tensor: Tensor, dims: str) -> Tensor:
-        return tensor.transpose(-3, -2) if has_heads and "w" in dims else tensor
-
-    def name(dims: str) -> str:
-        return before[:-1] + dims[0] + before[-1] + dims[1] if has_heads and "w" in dims else before + dims
-
     first, last, made = dims.replace("->", ",").split(",")
-    product = torch.einsum(f"{name(first)},{name(last)}->{name(made)}", placed(one, first), placed(other, last))
-    return placed(product, made)
+    return torch.einsum(f"{before}{first},{before}{last}->{before}{made}", one, other)
