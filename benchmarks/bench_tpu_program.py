@@ -27,7 +27,7 @@ _COPY = re.compile(r"^\s*(?:ROOT )?%\S+ = .*?\b(?:copy|copy-start)\(", re.MULTIL
 
 def facts_of(compiled: Any) -> dict[str, int]:
     """Returns what the compiler says of a program, for one chip."""
-    from tpuspec.engine.topologies import count_collectives
+    from tpuspec.engine.compiled_text import count_collectives
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     collectives = count_collectives(text)

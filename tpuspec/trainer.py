@@ -427,8 +427,10 @@ class Trainer(ReadsVariables):
             plans = [planning.run(
                 mode, functools.partial(self._prepare, session, mode, on_xla=True), input_fn, self._batch_sizes[mode],
                 largest=batch is not None) for mode in chosen]
-        return Plan(topology=topology, chip=chips.kind, num_chips=chips.num_chips,
-                    num_devices=chips.num_devices(), layout=layout_of(backend.topology), modes=tuple(plans))
+        notes = (f"on these chips jax goes with {chips.other_compiler}, and {chips.compiler} compiled this plan: their "
+                 "programs may differ.",) if chips.other_compiler else ()
+        return Plan(topology=topology, chip=chips.kind, num_chips=chips.num_chips, num_devices=chips.num_devices(),
+                    layout=layout_of(backend.topology), modes=tuple(plans), compiler=chips.compiler, notes=notes)
 
     def _copied_source(self) -> ModelSource:
         """Returns where another model comes from: the user's own module lives on the training devices."""

@@ -221,3 +221,44 @@ def test_the_largest_batch_of_a_step_and_of_one_whose_rows_are_not_free(tmp_path
         make(tmp_path, fixed, num_shards=1).plan(input_fn, topology="v5e:2x2", batch="largest")
     with pytest.raises(ConfigError, match="the batch of a plan is 'largest', or None.*'huge'"):
         trainer.plan(input_fn, topology="v5e:2x2", batch="huge")
+
+
+def test_the_largest_buffers_have_the_names_of_modules_parameters_and_features(tmp_path):
+    def pairs(features, labels, mode, params, model, optimizer):
+        x = model(features["x"])
+        loss = (x @ features["x"].T).softmax(1).square().mean()
+        return TPUEstimatorSpec(mode, loss=loss, train_op=CrossShardOptimizer(optimizer).minimize(loss))
+
+    def many(params):
+        return iter([{"x": torch.zeros(params["batch_size"], WIDTH)}])
+
+    trainer = make(tmp_path, pairs, batch_size=8192, num_shards=1, model=lambda params: nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.Softmax(1), nn.Linear(WIDTH, WIDTH)))
+    plan = trainer.plan(many, topology="v5e:2x2")
+    (train,) = plan.modes
+    assert train.largest[0] == ("features['x']", 4 * 8192 * WIDTH)
+    assert {"exp_avg of '0.weight'", "exp_avg_sq of '2.weight'", "parameter '0.weight'"} & dict(train.largest).keys()
+    assert all("[8192,8192]" in what and size >= 2 * 8192 * 8192 for what, size in train.largest_temporaries[:1])
+    assert any(what.startswith("softmax at test_plan.py:") for what, _ in train.largest_temporaries)
+    assert plan.compiler.startswith("libtpu 0.")
+
+
+def test_an_operation_that_the_compiler_refuses_is_named_with_its_line(tmp_path):
+    from torch_xla.experimental.stablehlo_custom_call import stablehlo_custom_call
+
+    def unknown(features, labels, mode, params, model, optimizer):
+        y = stablehlo_custom_call([model(features)], "nobody_knows", [(ROWS, WIDTH)], [torch.float32])
+        return TPUEstimatorSpec(mode, loss=y.square().mean())
+
+    plan = make(tmp_path, unknown, num_shards=1).plan(input_fn, topology="v5e:2x2", modes=["eval"])
+    assert not plan.fits and not plan.modes[0].compiles
+    with pytest.raises(PlanError, match=r"compiler refuses it: .*nobody_knows not found \(at test_plan\.py:\d+\)"):
+        check_fits([plan])
+
+
+def test_an_operation_that_xla_leaves_to_the_host_is_named_with_its_line(tmp_path):
+    def median(features, labels, mode, params, model, optimizer):
+        return TPUEstimatorSpec(mode, loss=model(features).median(0).values.mean())
+
+    with pytest.raises(ConfigError, match=r"XLA has no median at test_plan\.py:\d+"):
+        make(tmp_path, median, num_shards=1).plan(input_fn, topology="v5e:2x2", modes=["eval"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import fnmatch
 import functools
+import importlib.metadata
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,16 +18,13 @@ from jax.experimental import topologies
 from torch import Tensor
 
 from tpuspec.engine.compile_cache import cache_passed_over
+from tpuspec.engine.compiled_text import count_collectives, largest_temporaries, refusing_place
 from tpuspec.engine.devices import OneDevice, Replicas
 from tpuspec.engine.executable import lower_loop, lower_step
 from tpuspec.engine.mesh import DeviceMesh
 from tpuspec.errors import ConfigError, DeviceError
 from tpuspec.spec.engine import CompiledFacts, Layout, Run
 from tpuspec.spec.phase import in_phase
-
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_SHAPE = re.compile(r"(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
 
 
 class TopologyEngines:
@@ -38,6 +35,8 @@ class TopologyEngines:
 
     Attributes:
       kind: of a chip, as jax names it.
+      compiler: libtpu with its version.
+      other_compiler: the libtpu that goes with this jax on a TPU, where that is another one; "" else.
       num_chips: of the topology.
       engine: the one that was made.
 
@@ -60,6 +59,7 @@ class TopologyEngines:
             raise ConfigError(f"topology {name!r} is none that libtpu knows: {text.rstrip('.')}. Name a generation and "
                               "the chips along each side, such as v5e:2x2, v5e:4x4, v6e:2x2, v5p:2x2x1.") from error
         self.kind: str = self._devices[0].device_kind
+        self.compiler, self.other_compiler = _compilers()
         self.num_chips = math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
     def compile_newest(self) -> CompiledFacts:
@@ -82,6 +82,18 @@ class TopologyEngines:
         self.engine = engine = _DeviceMesh(self._devices, axes, parts)
         engine.splits_state = False  # one process plans for all
         return engine
+
+
+def _compilers() -> tuple[str, str]:
+    """Returns the libtpu that compiles here, and the one that jax asks for where that is another one, else ''."""
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # it lies elsewhere: TPU_LIBRARY_PATH
+        return "a libtpu of an unknown version", ""
+    asked = next((each.partition(";")[0].strip() for each in importlib.metadata.requires("jax") or ()
+                  if each.startswith("libtpu==")), "")
+    fits = fnmatch.fnmatchcase(f"libtpu=={version}", asked or "*")
+    return f"libtpu {version}", "" if fits else asked
 
 
 @contextlib.contextmanager
@@ -116,14 +128,15 @@ class _Planned(OneDevice):
             with in_phase("compile"), jax.enable_x64(True), cache_passed_over():
                 compiled = lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            return CompiledFacts(argument_bytes=argument_bytes, seconds=time.perf_counter() - begun, reason=str(error))
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+            return CompiledFacts(argument_bytes=argument_bytes, seconds=time.perf_counter() - begun, reason=str(error),
+                                 place=refusing_place(str(error)))
+        memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
         return CompiledFacts(
             argument_bytes=argument_bytes, output_bytes=memory.output_size_in_bytes,
             aliased_bytes=memory.alias_size_in_bytes, temporary_bytes=memory.temp_size_in_bytes,
             program_bytes=memory.generated_code_size_in_bytes, flops=cost.get("flops", 0.0),
-            accessed_bytes=cost.get("bytes accessed", 0.0), collectives=count_collectives(compiled.as_text() or ""),
-            seconds=time.perf_counter() - begun)
+            accessed_bytes=cost.get("bytes accessed", 0.0), collectives=count_collectives(text),
+            temporaries=largest_temporaries(text), seconds=time.perf_counter() - begun)
 
     def put(self, tensors: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         return [self._like(tensor, layout)
@@ -220,18 +233,3 @@ _OF_TORCH = {str(jax.numpy.dtype(dtype)): own for own, dtype in _TO_JAX.items()}
 def _bytes_of(shape: Sequence[int], dtype: Any, place: Any) -> int:
     """Returns the bytes of an array on one device."""
     return math.prod(place.shard_shape(tuple(shape))) * jax.numpy.dtype(dtype).itemsize
-
-
-def count_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns kind -> (how many, bytes of their results) of a compiled program's text."""
-    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-    for results, kind in _COLLECTIVE.findall(text):
-        size = sum(math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
-                   for dtype, dims in _SHAPE.findall(results))
-        count, num_bytes = found[kind]
-        found[kind] = count + 1, num_bytes + size
-    return dict(found)
-
-
-def _bits(dtype: str) -> int:
-    return 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))

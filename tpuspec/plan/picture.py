@@ -103,7 +103,7 @@ def _draw_roofline(axes: Any, plans: Sequence[Plan]) -> None:
         return
     intensities = [mode.flops / mode.accessed_bytes for _, _, mode in points]
     ridges = [_peaks(mode)[0] / _peaks(mode)[1] for _, _, mode in points]
-    left, right = min(intensities) / 3, max(*intensities, *ridges) * 4
+    left, right = min(intensities) / 10, max(*intensities, *ridges) * 10
     roofs: dict[str, tuple[str, float, float]] = {}
     for (color, plan, mode), intensity in zip(points, intensities, strict=True):
         roofs.setdefault(plan.topology, (color, *_peaks(mode)))
@@ -115,6 +115,8 @@ def _draw_roofline(axes: Any, plans: Sequence[Plan]) -> None:
                   label=f"{name}: {peak / 1e12:,.0f} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter("")
     axes.grid(visible=True, which="major", color="#e5e5e5")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
 

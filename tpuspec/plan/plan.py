@@ -36,6 +36,7 @@ class ModePlan:
       peak_bytes: of all of that at once; where the compiler refuses, what it says that is needed, if it does.
       capacity_bytes: of the device; None where the chip is not known.
       largest: the largest inputs, (name, bytes).
+      largest_temporaries: the largest results of operations in between, (what, bytes), not all of them at one time.
       flops, accessed_bytes: arithmetic operations, and bytes read and written in memory.
       collectives: kind -> (how many, bytes of their results).
       steps_per_program: training steps of one run of the program.
@@ -59,6 +60,7 @@ class ModePlan:
     peak_bytes: int = 0
     capacity_bytes: int | None = None
     largest: Sequence[tuple[str, int]] = ()
+    largest_temporaries: Sequence[tuple[str, int]] = ()
     flops: float = 0.0
     accessed_bytes: float = 0.0
     collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -117,10 +119,11 @@ class ModePlan:
         link_bytes = sum(size for _, size in facts.collectives.values())
         return cls(
             mode=mode, compiles=not facts.reason,
-            fits=not facts.reason and (capacity is None or peak <= capacity), reason=_short(facts.reason),
+            fits=not facts.reason and (capacity is None or peak <= capacity), reason=_short(facts.reason, facts.place),
             argument_bytes=by_kind, output_bytes=facts.output_bytes, aliased_bytes=facts.aliased_bytes,
             temporary_bytes=facts.temporary_bytes, program_bytes=facts.program_bytes, peak_bytes=peak,
-            capacity_bytes=capacity, largest=named[:_NUM_LARGEST], flops=facts.flops,
+            capacity_bytes=capacity, largest=named[:_NUM_LARGEST],
+            largest_temporaries=facts.temporaries, flops=facts.flops,
             accessed_bytes=facts.accessed_bytes, collectives=facts.collectives, steps_per_program=steps, rows=rows,
             compute_seconds=None if chip is None else facts.flops / (chip.flops / devices_per_chip),
             memory_seconds=None if chip is None else facts.accessed_bytes / (chip.memory_bandwidth / devices_per_chip),
@@ -137,7 +140,9 @@ class Plan:
       chip: its kind, as the compiler names it.
       num_chips, num_devices: of the topology; a chip of some generations is two devices.
       layout: how the run uses them: replicas, or a mesh.
+      compiler: that compiled the programs, libtpu with its version.
       modes: of each mode.
+      notes: what to mind.
     """
 
     topology: str
@@ -146,6 +151,8 @@ class Plan:
     num_devices: int
     layout: str
     modes: tuple[ModePlan, ...]
+    compiler: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -189,7 +196,8 @@ def _parse_bytes(number: str, unit: str) -> int:
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 
 
-def _short(reason: str) -> str:
-    """Returns what the compiler says first, without the lines that only its makers read."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return " ".join(lines[:3])[:400]
+def _short(reason: str, place: str) -> str:
+    """Returns what the compiler says first, without the lines that only its makers read, and the user's line."""
+    lines = [line.strip() for line in reason.partition("Suspected Python Code Location")[0].splitlines()]
+    told = " ".join([line for line in lines if line][:3])[:400]
+    return f"{told} (at {place})" if place else told

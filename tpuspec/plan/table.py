@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tpuspec.plan.plan import ModePlan, Plan
 
 _LEAST_WIDTH = 72
+_NUM_LARGEST = 3
 
 
 def print_plan(plan: Plan) -> None:
@@ -29,6 +30,8 @@ def print_plan(plan: Plan) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, _LEAST_WIDTH)
     console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}")
 
 
 def _column(mode: ModePlan) -> dict[str, str]:
@@ -44,7 +47,9 @@ def _column(mode: ModePlan) -> dict[str, str]:
     if mode.peak_bytes and mode.capacity_bytes:
         told["memory"] = (f"{format_bytes(mode.peak_bytes)} of {format_bytes(mode.capacity_bytes)}, "
                           f"{mode.peak_bytes / mode.capacity_bytes:.0%}")
-    told["largest input"] = " ".join((mode.largest[0][0], format_bytes(mode.largest[0][1]))) if mode.largest else ""
+    for title, largest in (("largest inputs", mode.largest), ("largest temporaries", mode.largest_temporaries)):
+        if largest:
+            told[title] = "\n".join(f"{format_bytes(size)} {name}" for name, size in largest[:_NUM_LARGEST])
     if mode.compiles:
         told |= {"operations": f"{_prefixed(mode.flops)}FLOP", "memory traffic": format_bytes(mode.accessed_bytes),
                  "collectives": ", ".join(f"{count} {kind}, {format_bytes(size)}"
@@ -54,6 +59,8 @@ def _column(mode: ModePlan) -> dict[str, str]:
         if mode.least_seconds is not None and mode.most_examples_per_second is not None:
             told["step, at least"] = f"{_prefixed(mode.least_seconds)}s, bound by {mode.bound_by}"
             told["examples/s, at most"] = f"{mode.most_examples_per_second:,.0f}"
+    if mode.reason:
+        told["the compiler says"] = mode.reason
     told["compiled in"] = f"{mode.compile_seconds:.1f} s"
     return told
 

@@ -64,7 +64,9 @@ class CompiledFacts:
       accessed_bytes: that it reads and writes in memory.
       collectives: kind -> (how many, bytes of their results).
       seconds: that compiling took.
+      temporaries: the largest results of operations that are no outputs, (what, bytes).
       reason: why it does not compile; "" where it does.
+      place: FILE:LINE of the code that asks for what is refused; "" where that is not known.
     """
 
     argument_bytes: list[int]
@@ -76,7 +78,9 @@ class CompiledFacts:
     accessed_bytes: float = 0.0
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0
+    temporaries: list[tuple[str, int]] = field(default_factory=list)
     reason: str = ""
+    place: str = ""
 
 
 class Engine(Protocol):

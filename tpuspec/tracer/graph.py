@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch_xla
@@ -181,6 +182,22 @@ def nothing_runs(note: Callable[[BaseException], BaseException]) -> Iterator[Non
         raise note(error) from error
     finally:
         allow_execution(True)
+
+
+def scope(name: str) -> Any:
+    """Names the operations that are traced from here on, until what is returned is gone."""
+    return _C.profiler.scope_pusher(name)
+
+
+@contextlib.contextmanager
+def noting_lines() -> Iterator[None]:
+    """Notes for each operation that is traced within the block which line of Python code asks for it."""
+    before = _C._get_ir_debug()
+    _C._set_ir_debug(True)
+    try:
+        yield
+    finally:
+        _C._set_ir_debug(before)
 
 
 def num_pending(device: str) -> int:

@@ -44,7 +44,7 @@ class HostReads:
 
     def __exit__(self, *error: object) -> None:
         self._has_read = graph.num_reads() != self._num_reads
-        self._new = _new_op(self._ops)
+        self._new = new_host_op(self._ops)
         self._stack.close()
 
     @contextlib.contextmanager
@@ -67,12 +67,7 @@ class HostReads:
             if not self._has_read:
                 return None
             return told_read(read_at or "some place")
-        where = f" at {place}" if place else ""
-        if op in _SHAPED_BY_VALUES:
-            return (f"it makes a tensor whose shape depends on values{where}, by {op}, as indexing with a mask does. "
-                    "Keep the shape: torch.where, or a weight of 0 or 1 for each row")
-        return (f"XLA has no {op}{where}, which is computed on the host, from values read from the device. Replace it, "
-                "or compute it in input_fn or host_call")
+        return told_host_op(op, place)
 
 
 class _Places(TorchFunctionMode):
@@ -95,7 +90,7 @@ class _Places(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (op := _new_op(self._ops)) is not None:
+        if (op := new_host_op(self._ops)) is not None:
             self.host_op = self.host_op or (op, user_place(sys._getframe(1)))
             self._ops, self._num_reads = graph.host_ops(), graph.num_reads()  # the reads are its own
         if self.read_at is None and graph.num_reads() != self._num_reads:
@@ -103,9 +98,20 @@ class _Places(TorchFunctionMode):
         return result
 
 
-def _new_op(before: Mapping[str, int]) -> str | None:
+def new_host_op(before: Mapping[str, int]) -> str | None:
+    """Returns what torch_xla has computed on the host since `graph.host_ops` was read; None for nothing."""
     return next((op.partition(".")[0] for op, count in graph.host_ops().items()
                  if count != before.get(op, 0) and op not in _READS), None)
+
+
+def told_host_op(op: str, place: str | None) -> str:
+    """Says that a step has an operation that XLA has not, and what to do instead."""
+    where = f" at {place}" if place else ""
+    if op in _SHAPED_BY_VALUES:
+        return (f"it makes a tensor whose shape depends on values{where}, by {op}, as indexing with a mask does. "
+                "Keep the shape: torch.where, or a weight of 0 or 1 for each row")
+    return (f"XLA has no {op}{where}, which is computed on the host, from values read from the device. Replace it, "
+            "or compute it in input_fn or host_call")
 
 
 def told_read(place: str) -> str:

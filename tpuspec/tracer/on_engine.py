@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpuspec.errors import CaptureError
 from tpuspec.spec.engine import Engine, Layout, Run
-from tpuspec.spec.functions import is_user_frame, user_place
+from tpuspec.spec.functions import is_user_frame
 from tpuspec.tracer import graph
+from tpuspec.tracer.host_reads import new_host_op, told_host_op
 from tpuspec.tracer.layouts import Layouts
+from tpuspec.tracer.operation_names import names_written, operations_named
 
 _MAX_COMPILED = 128
 
@@ -60,7 +64,8 @@ class OnEngine:
         key = (graph.graph_hash(roots), tuple(donated), tuple(given), tuple(made), num_kept)
         compiled = self._compiled.pop(key, None)
         if compiled is None:
-            program = graph.stablehlo(roots)
+            with contextlib.nullcontext() if self.engine.has_values else names_written():
+                program = graph.stablehlo(roots)
             compiled = CompiledGraph(key[0], self.engine.compile(program, donated, given, made, num_kept), program)
         self._compiled[key] = compiled
         while len(self._compiled) > _MAX_COMPILED:
@@ -99,7 +104,12 @@ class OnEngine:
         Raises:
           CaptureError: the block reads one.
         """
-        return contextlib.nullcontext() if self.engine.has_values else graph.nothing_runs(_told)
+        return contextlib.nullcontext() if self.engine.has_values else graph.nothing_runs(
+            functools.partial(_told, graph.host_ops()))
+
+    def naming(self, model: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+        """Where no program runs, gives the operations of the block the names of modules and lines of code."""
+        return contextlib.nullcontext() if self.engine.has_values else operations_named(model)
 
     def take(self, values: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> list[Any]:
         """Returns inputs of the values of tensors on the device that traces; whole ones without layouts."""
@@ -117,9 +127,11 @@ def read_of_plan(place: str) -> CaptureError:
                         "compute it. Choose by torch.where on the device.")
 
 
-def _told(error: BaseException) -> CaptureError:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if is_user_frame(frame)]
-    return read_of_plan(user_place(frames[-1] if frames else None))
+def _told(host_ops: Mapping[str, int], error: BaseException) -> CaptureError:
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_user_frame(frame)]
+    place = f"{Path(frames[-1][0].f_code.co_filename).name}:{frames[-1][1]}" if frames else "a place in torch"
+    op = new_host_op(host_ops)
+    return read_of_plan(place) if op is None else CaptureError(f"{told_host_op(op, place)}.")
 
 
 def _empty(tensors: Sequence[Tensor], device: str) -> None:

@@ -193,7 +193,8 @@ def record(replica: Replica, step: StepFunction, batch: SentBatch, micro_step: i
     remembered = memory.all() if is_watched else {}
     reads = HostReads(locate=locate)
     try:
-        with (runtime.tracing(), reads, numbers.in_place(watch=True) as of_step, graph.scalars_shared(),
+        with (runtime.tracing(), runtime.naming(replica.model), reads,
+              numbers.in_place(watch=True) as of_step, graph.scalars_shared(),
               memory.watching() if is_watched else contextlib.nullcontext()):
             sources = Sources(before.handles, before.numbers, batch.tensors(), seed, of_step.ops.handles)
             guards = GuardedReads(sources.of, reads, runtime, inputs_of, batch.layouts, is_alone=is_alone)

@@ -21,6 +21,12 @@ def _form_of(batch: Batch) -> Hashable:
     return (nesting, *((tensor.shape, tensor.dtype) for tensor in batch.tensors()))
 
 
+def told_tensors(batch: Batch) -> list[str]:
+    """Names each tensor of a batch by its place, such as "features['image']"; in the order of `Batch.tensors`."""
+    return [kind + pytree.keystr(path) for kind, tree in (("features", batch.features), ("labels", batch.labels))
+            for path, leaf in pytree.tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)]
+
+
 class SentBatch:
     """A batch for the device: its tensors flat, as a replay takes them, and nested, as model_fn does.
 

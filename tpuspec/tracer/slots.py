@@ -107,3 +107,16 @@ def gradient_owners(replica: Replica) -> dict[Slot, Tensor]:
             if id(parameter) not in seen:
                 owners[Slot(GRADIENT, name, index, "of the optimizer")] = parameter
     return owners
+
+
+def told_slots(replica: Replica) -> dict[Slot, str]:
+    """Names the places of an optimizer's state by their parameters, as "exp_avg of 'encoder.0.weight'"."""
+    names = {} if replica.model is None else {id(each): name for name, each in replica.model.named_parameters()}
+    told: dict[Slot, str] = {}
+    for slot in read_slots(replica):
+        if slot.kind == "optimizer":
+            groups = replica.optimizers[slot.name].param_groups
+            owner = [parameter for group in groups for parameter in group["params"]][slot.place]
+            if (name := names.get(id(owner))) is not None:
+                told[slot] = f"{slot.key} of {name!r}"
+    return told

@@ -39,9 +39,10 @@ from tpuspec.tracer.layouts import MeshLayouts, ReplicaLayouts
 from tpuspec.tracer.on_engine import OnEngine
 from tpuspec.tracer.optimizer_numbers import OptimizerNumbers
 from tpuspec.tracer.replica_state import ReplicaState
-from tpuspec.tracer.sent_batch import SentBatch
+from tpuspec.tracer.sent_batch import SentBatch, told_tensors
 from tpuspec.tracer.several_steps import SeveralSteps
 from tpuspec.tracer.sharding_rules import shard_parameters
+from tpuspec.tracer.slots import told_slots
 from tpuspec.tracer.sync_batch_norm import syncing_batch_norm
 from tpuspec.tracer.topology import count_replicas_of_host, mesh_axes
 from tpuspec.tracer.torch_optimizers import check_supported
@@ -78,6 +79,7 @@ class XlaBackend:
         self._runtime = OnEngine(engine, ReplicaLayouts())
         self._state: ReplicaState | None = None
         self._newest: CapturedStep | SeveralSteps | None = None
+        self._fed: list[str] = []
 
     @property
     def step_kind(self) -> str:
@@ -92,10 +94,15 @@ class XlaBackend:
         return self if self._engine.splits_state else None
 
     def inputs_of_newest(self) -> list[tuple[str, str]]:
-        """Returns (kind, name) of each input of the program that was replayed last: of a `Slot`, or of a `Source`."""
-        inputs = self._newest.inputs if self._newest is not None else None
-        return [(source.key.kind, str(source.key)) if source.kind == "slot" else (source.kind, "")
-                for source in inputs or ()]
+        """Returns (kind, name) of each input of the program that was replayed last: of a `Slot`, or of a `Source`.
+
+        Optimizer state is named by its parameter, and the batch's tensors by their places in it.
+        """
+        assert self._newest is not None and self._state is not None, "a step comes first"
+        names = told_slots(self._state.replica)
+        return [(source.key.kind, names.get(source.key, str(source.key))) if source.kind == "slot" else
+                (source.kind, self._fed[source.key] if source.kind == "batch" else "")
+                for source in self._newest.inputs or ()]
 
     @classmethod
     def start(cls, config: RunConfig, engines: EngineFactory, *, platform: str, reason: str,
@@ -193,6 +200,8 @@ class XlaBackend:
         batches = self._of_programs(batches)
         layouts = self._runtime.layouts.of_batch(batches[0])
         arrays = self._engine.of_batches([each.tensors() for each in batches], layouts)
+        if not self._engine.has_values:
+            self._fed = told_tensors(batches[0])
         return [SentBatch(batches[0], self._send, arrays, layouts)]  # type: ignore[list-item]  # a Batch in all but name
 
     def feed_several(self, batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
