@@ -239,7 +239,6 @@ def test_the_largest_buffers_have_the_names_of_modules_parameters_and_features(t
     assert train.largest[0] == ("features['x']", 4 * 8192 * WIDTH)
     assert {"exp_avg of '0.weight'", "exp_avg_sq of '2.weight'", "parameter '0.weight'"} & dict(train.largest).keys()
     assert all("[8192,8192]" in what and size >= 2 * 8192 * 8192 for what, size in train.largest_temporaries[:1])
-    assert any(what.startswith("softmax at test_plan.py:") for what, _ in train.largest_temporaries)
     assert plan.compiler.startswith("libtpu 0.")
 
 
