@@ -74,6 +74,9 @@ class Engines:
     def _devices(self) -> list[Any]:
         if self._name == "cpu":
             with contextlib.suppress(RuntimeError):  # the client runs
+                # Else libtpu, where it is installed, looks for chips.
+                if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # made when jax is imported
+                    jax.config.update("jax_platforms", "cpu")
                 jax.config.update("jax_num_cpu_devices", int(os.environ.get("CPU_NUM_DEVICES", "1")))
         try:
             return jax.local_devices(backend=self._name)
