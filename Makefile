@@ -64,7 +64,7 @@ operations: $(READY)  ## compares all of torch's operations on XLA with the CPU:
 plans: $(READY)  ## compiles every recipe for TPUs that are not there, in all modes and layouts: make plans ARGS="digits"
 	$(RUN) -m tests.plan.recipes $(ARGS)
 
-tpu-operations: $(READY)  ## compiles torch's operations for a TPU that is not there: docs/tpu_operations.md, an hour
+tpu-operations: $(READY)  ## compiles torch's operations for a TPU that is not there: docs/tpu_operations.md, a few minutes
 	$(RUN) -m tests.operations.on_tpu $(ARGS)
 
 release: $(READY)  ## releases what stands on main: make release VERSION=0.2.0

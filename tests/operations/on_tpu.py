@@ -42,11 +42,12 @@ traced as in a step and compiled by libtpu for {TOPOLOGY}. Nothing ran: values a
 - **compiles**: the TPU's compiler takes it.
 - **refused**: the TPU's compiler does not. `mode=plan` and the first step say so with this reason.
 - **ended the process**: the TPU's compiler stopped the process.
-- **host**: nothing of it is left for the device: torch_xla computes it on the host, or it reads the device.
+- **host**: torch_xla computes it on the host, so that nothing of it is left for the device.
+- **nothing to compute**: its results are its inputs, or values that are known while it is traced, or were read.
 - **not traced**: torch_xla does not have it; see [operations.md](operations.md).
 
 """
-_OUTCOMES = ("compiles", "refused", "ended the process", "host", "not traced")
+_OUTCOMES = ("compiles", "refused", "ended the process", "host", "nothing to compute", "not traced")
 
 
 def variants() -> list[tuple[int, str]]:
@@ -98,29 +99,39 @@ class Compiler:
 
 
 def trace(number: int, dtype: str, device: torch.device) -> tuple[bytes, str]:
-    """Returns the program of a sample of one operation, forward and backward, and why there is none.
+    """Returns the program of a sample of one operation, forward and backward, or b"", and what the operation is then.
 
-    The program is b"" where nothing is left for the device.
+    What it is: 'not traced: <why>', 'host: <operation>' or 'nothing to compute'.
     """
     from tpuspec.tracer import graph
+    from tpuspec.tracer.host_reads import new_host_op
 
     op, kind = samples.op_db[number], getattr(torch, dtype)
     with_gradient = op.supports_autograd and kind in op.supported_backward_dtypes("cpu") and kind.is_floating_point
     torch.manual_seed(0)
+    host_ops = graph.host_ops()
     try:
         drawn = list(itertools.islice(op.sample_inputs("cpu", kind, requires_grad=with_gradient), 10))
-        # Among the first ones, which are not the odd ones, that of the most dims.
-        sample = max(drawn[:len(drawn) // 2 + 1], key=lambda one: sum(
-            leaf.ndim for leaf in pytree.tree_leaves(one.input) if isinstance(leaf, Tensor)))
+        # Among the first ones, which are not the odd ones, that of the most dims which is not empty.
+        sample = max(drawn[:len(drawn) // 2 + 1], key=_size)
         traced = samples.run_sample(op, sample, samples.moved(sample, device), device)
         tensors = [leaf for leaf in pytree.tree_leaves(traced)
                    if isinstance(leaf, Tensor) and leaf.device.type == "xla" and leaf.layout is torch.strided]
         roots = list({graph.tensor_id(tensor): tensor for tensor in graph.waiting(tensors)}.values())
-        return (graph.stablehlo(roots) if roots else b""), ""
+        if roots:
+            return graph.stablehlo(roots), ""
+        op = new_host_op(host_ops)
+        return b"", "nothing to compute" if op is None else f"host: {op}"
     except Exception as error:
-        return b"", samples.short(error)
+        return b"", f"not traced: {samples.short(error)}"
     finally:
         graph.forget_pending(str(device))
+
+
+def _size(sample: Any) -> tuple[bool, int]:
+    """Returns whether a sample of an operation has elements, and how many dims."""
+    given = [leaf for leaf in pytree.tree_leaves(sample.input) if isinstance(leaf, Tensor)]
+    return all(leaf.numel() for leaf in given), sum(leaf.ndim for leaf in given)
 
 
 def compile_group(compiler: Compiler, group: Sequence[tuple[int, str]], device: torch.device) -> list[dict[str, Any]]:
@@ -133,7 +144,7 @@ def compile_group(compiler: Compiler, group: Sequence[tuple[int, str]], device: 
         if number in reasons:
             outcome, why = "refused" if reasons[number] else "compiles", _told(reasons[number])
         else:
-            outcome, why = "not traced" if traced[number][1] else "host", traced[number][1]
+            outcome, _, why = traced[number][1].partition(": ")
         found.append({"variant": [number, dtype], "outcome": outcome, "why": why})
     return found
 
@@ -180,7 +191,7 @@ def page(results: list[dict[str, Any]]) -> str:
              "| operation | dtype | outcome | reason |", "| :-- | :-- | :-- | :-- |"]
     lines += [f"| `{result['name']}` | {result['variant'][1]} | {result['outcome']} | {result['why']} |"
               for result in sorted(results, key=lambda result: (_OUTCOMES.index(result["outcome"]), result["name"]))
-              if result["outcome"] in ("refused", "ended the process", "host")]
+              if result["outcome"] in ("refused", "ended the process", "host", "not traced")]
     return "\n".join(lines) + "\n"
 
 
