@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tpuspec import ModeKeys
-from tpuspec.recipes import resnet
+from tpuspec.recipes import image_data, resnet
 from tpuspec.train import main
 
 PARAMS = {"data": "digits", "size": "small", "side": 8, "num_classes": 10, "least_area": 0.08, "label_smoothing": 0.1,
@@ -72,14 +72,15 @@ def test_logits_are_finite_and_a_block_begins_as_its_shortcut(size, side):
 def test_pad_and_crop_moves_by_up_to_the_padding_and_mirrors_half():
     image = torch.arange(1, 17, dtype=torch.uint8).reshape(1, 4, 4)
     drawn = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.9])
-    moved = resnet.pad_and_crop(image, drawn, 1, flips=True)
+    moved = image_data.pad_and_crop(image, drawn, 1, flips=True)
     assert moved.tolist() == [[[0, 0, 0, 0], [0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]]
-    assert torch.equal(resnet.pad_and_crop(image, torch.full((5,), 0.5), 1, flips=True), image)
+    assert torch.equal(image_data.pad_and_crop(image, torch.full((5,), 0.5), 1, flips=True), image)
     mirrored = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.1])
-    assert torch.equal(resnet.pad_and_crop(image, mirrored, 1, flips=True), image.flip(2))
-    assert torch.equal(resnet.pad_and_crop(image, mirrored, 1, flips=False), image)
+    assert torch.equal(image_data.pad_and_crop(image, mirrored, 1, flips=True), image.flip(2))
+    assert torch.equal(image_data.pad_and_crop(image, mirrored, 1, flips=False), image)
     torch.manual_seed(0)
-    places = {tuple(resnet.pad_and_crop(image, resnet.draw(), 1, flips=True).flatten().tolist()) for _ in range(300)}
+    moves = (image_data.pad_and_crop(image, image_data.draw(), 1, flips=True) for _ in range(300))
+    places = {tuple(moved.flatten().tolist()) for moved in moves}
     assert len(places) == 18  # nine places, mirrored or not
 
 
@@ -88,42 +89,42 @@ def test_a_random_crop_lies_within_the_image_and_has_a_share_of_its_area():
     torch.manual_seed(0)
     widths = []
     for _ in range(100):
-        crop = resnet.random_resized_crop(columns, resnet.draw(), 16, 0.08)
+        crop = image_data.random_resized_crop(columns, image_data.draw(), 16, 0.08)
         assert crop.shape == (3, 16, 16) and crop.dtype is torch.uint8 and int(crop.max()) <= 59
         widths.append(abs(int(crop[0, 8, 15]) - int(crop[0, 8, 0])))
     assert min(widths) < 20 and max(widths) > 45
-    whole = resnet.random_resized_crop(columns, torch.tensor([0.999, 0.5, 0.0, 0.0, 0.9]), 16, 0.999)
+    whole = image_data.random_resized_crop(columns, torch.tensor([0.999, 0.5, 0.0, 0.0, 0.9]), 16, 0.999)
     assert whole[0, 8, 0] < whole[0, 8, 15]
-    assert resnet.resize_and_center_crop(columns, 14).shape == (3, 14, 14)
-    middle = resnet.resize_and_center_crop(columns, 14)[0, 7].float()
+    assert image_data.resize_and_center_crop(columns, 14).shape == (3, 14, 14)
+    middle = image_data.resize_and_center_crop(columns, 14)[0, 7].float()
     assert float(middle.mean()) == pytest.approx(29.5, abs=1.5)
 
 
 def test_cifar_files_are_read_as_they_are_laid_out(cifar_10):
-    images, labels = resnet.load_cifar(cifar_10, ModeKeys.TRAIN)
+    images, labels = image_data.load_cifar(cifar_10, ModeKeys.TRAIN)
     assert images.shape == (5, 3, 32, 32) and labels.tolist() == [0, 1, 2, 0, 1]
     assert images[:, 0, 0, 0].tolist() == [100, 101, 102, 100, 101]
     raw = np.fromfile(cifar_10 / "data_batch_2.bin", dtype=np.uint8)
     assert images[3, 2, 31, 31] == raw[3072] and images[3, 1, 0, 0] == raw[1 + 1024]
     test = resnet.input_fn(PARAMS | {"data": str(cifar_10), "side": 32}, ModeKeys.EVAL)
-    assert len(test) == 4 and test[3][1] == 3 and torch.equal(test[3][0], resnet.load_cifar(cifar_10, "eval")[0][3])
+    assert len(test) == 4 and test[3][1] == 3 and torch.equal(test[3][0], image_data.load_cifar(cifar_10, "eval")[0][3])
     with pytest.raises(ValueError, match="params.side=8, and these images have 32"):
         resnet.input_fn(PARAMS | {"data": str(cifar_10)}, ModeKeys.EVAL)
     (cifar_10 / "data_batch_3.bin").write_bytes(b"12345")
     with pytest.raises(ValueError, match="data_batch_3.bin has 5 bytes, which is no multiple of 3073"):
-        resnet.load_cifar(cifar_10, ModeKeys.TRAIN)
+        image_data.load_cifar(cifar_10, ModeKeys.TRAIN)
 
 
 def test_cifar_100_has_its_fine_labels(tmp_path):
     rows = np.zeros((2, 3074), dtype=np.uint8)
     rows[:, 0], rows[:, 1], rows[:, 2] = [7, 8], [70, 99], [1, 2]
     rows.tofile(tmp_path / "train.bin")
-    images, labels = resnet.load_cifar(tmp_path, ModeKeys.TRAIN)
+    images, labels = image_data.load_cifar(tmp_path, ModeKeys.TRAIN)
     assert labels.tolist() == [70, 99] and images[:, 0, 0, 0].tolist() == [1, 2]
     with pytest.raises(ValueError, match="has 100 classes, and params.num_classes is 10"):
         resnet.input_fn(PARAMS | {"data": str(tmp_path), "side": 32}, ModeKeys.TRAIN)
     with pytest.raises(FileNotFoundError, match=r"has no test_batch.bin of CIFAR-10 and no test.bin of CIFAR-100"):
-        resnet.load_cifar(tmp_path, ModeKeys.EVAL)
+        image_data.load_cifar(tmp_path, ModeKeys.EVAL)
 
 
 def test_an_image_folder_is_read_by_class_the_same_on_threads_and_one_by_one(folder):
@@ -155,10 +156,10 @@ def test_folders_and_files_that_do_not_fit_are_refused(folder, monkeypatch):
     with pytest.raises(ValueError, match="has the class 'bird', which .*train has not"):
         resnet.input_fn(PARAMS | {"data": str(folder)}, ModeKeys.EVAL)
     with pytest.raises(FileNotFoundError, match="has no image files: they lie in a folder for each class"):
-        resnet.find_files(folder / "train", ModeKeys.EVAL)
+        image_data.find_files(folder / "train", ModeKeys.EVAL)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pillow"):
-        resnet.decode(b"")
+        image_data.decode(b"")
 
 
 def test_rate_warms_up_and_falls_to_nothing_and_only_kernels_decay():

@@ -240,7 +240,13 @@ def model_fn(features: Any, labels: Tensor | None, mode: str, params: Mapping[st
         drawn = sample(model, features["prompt"], features["starts"], params["temperature"])
         return TPUEstimatorSpec(mode=mode, predictions={"byte": drawn})
     assert labels is not None
-    logits = model(features)
+    return spec_of(mode, model(features), labels, params, optimizer, global_step, metric_fn, write_summaries)
+
+
+def spec_of(mode: str, logits: Tensor, labels: Tensor, params: Mapping[str, Any],
+            optimizer: torch.optim.Optimizer | None, global_step: Tensor, metric_fn: Callable[..., Any],
+            write_summaries: Callable[..., Any]) -> TPUEstimatorSpec:
+    """Returns the spec of a language model in TRAIN and EVAL, from its logits [batch, length, vocabulary]."""
     losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     if mode == ModeKeys.EVAL:
         is_right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)

@@ -298,20 +298,8 @@ def model_fn(features: Any, labels: Tensor | None, mode: str, params: Mapping[st
         drawn = gpt_bytes.sample(model, features["prompt"], features["starts"], params["temperature"])
         return TPUEstimatorSpec(mode=mode, predictions={"byte": drawn})
     assert labels is not None
-    logits = model(features)
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-    if mode == ModeKeys.EVAL:
-        is_right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
-        return TPUEstimatorSpec(mode=mode, loss=losses.mean(dim=1), eval_metrics=(
-            metric_fn, [losses.mean(dim=1), is_right]))
-    assert optimizer is not None
-    loss = losses.mean()
-    learning_rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32, device=loss.device)
-    return TPUEstimatorSpec(
-        mode=mode, loss=loss,
-        train_op=tpuspec.CrossShardOptimizer(optimizer).minimize(loss, clip_grad_norm=params["clip_grad_norm"]),
-        host_call=(write_summaries, [global_step, loss.detach().reshape(1), learning_rate.reshape(1)]))
+    return gpt_bytes.spec_of(mode, model(features).float(), labels, params, optimizer, global_step, metric_fn,
+                             write_summaries)
 
 
 class Perplexity(MeanMetric):
