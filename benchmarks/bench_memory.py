@@ -5,7 +5,8 @@
 A deep perceptron with AdamW, whose state is hundreds of megabytes, is trained on one CPU device, in a process of its
 own for each contender. The memory of the process is sampled while steps run, between two boundaries of the loop; what
 it had before the model was built, after a training of a tiny one, is subtracted. The smallest sample is what is held
-between steps, the largest is a step's peak. XLA's own count is that of the step by hand in JAX: its inputs, the outputs
+between steps, the largest is a step's peak. No audit falls among these steps: a step that is traced again to be
+checked holds the state once more meanwhile. XLA's own count is that of the step by hand in JAX: its inputs, the outputs
 that do not lie where inputs lay, and temporaries. Prints one JSON line for each contender, then a table.
 """
 
